@@ -1,0 +1,118 @@
+"""Errors of shape and argument, worded once.
+
+Each message says who complains, what was expected, what came, and what to
+type.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+
+def check_same_shape(who: str, student: Tensor, teacher: Tensor) -> None:
+    """Two maps must have one shape, (N, C, H, W).
+
+    Raises:
+        ValueError: If they differ; the message names the adapter to add.
+    """
+    if student.shape == teacher.shape:
+        return
+    raise ValueError(
+        f'{who} compares maps of one shape, got student '
+        f'{tuple(student.shape)} and teacher {tuple(teacher.shape)}. '
+        f'{_mend(student.shape, teacher.shape)}'
+    )
+
+
+def _mend(student: Sequence[int], teacher: Sequence[int]) -> str:
+    if len(student) != len(teacher):
+        return 'Tap outputs of one kind on both sides.'
+    differs = [a != b for a, b in zip(student, teacher)]
+    if differs[0]:
+        return 'The batches differ: both must see the same images.'
+    channels = (
+        f"align=dict(type='mmkd.ConvAdapt', in_channels={student[1]}, "
+        f'out_channels={teacher[1]})'
+    )
+    if not any(differs[2:]):
+        return f'Only the channels differ: add {channels} to this term.'
+    size = "align=dict(type='mmkd.ResizeAdapt')"
+    if not differs[1]:
+        return (
+            f'Only the size differs: pair levels of one stride with levels= '
+            f'and teacher_levels=, or add {size} to this term.'
+        )
+    return (
+        'Channels and size differ: pair levels of one stride with levels= '
+        f"and teacher_levels=, then add {channels}; resize='student' in it "
+        "brings the student's map to the teacher's size."
+    )
+
+
+def check_channels(who: str, feature: Tensor, expected: int) -> None:
+    """A map must have the channels its module was built for.
+
+    Raises:
+        ValueError: If it has others; the message names the argument.
+    """
+    if feature.shape[1] == expected:
+        return
+    raise ValueError(
+        f'{who} was built for {expected} channels, got a map '
+        f'{tuple(feature.shape)}. Set its channels to {feature.shape[1]}.'
+    )
+
+
+def check_name(who: str, what: str, name: str, known: Iterable[str]) -> None:
+    """A name must be one of those known.
+
+    Raises:
+        ValueError: If it is not; the message suggests the nearest.
+    """
+    known = list(known)
+    if name in known:
+        return
+    raise ValueError(f'{who} has no {what} {name!r}. {suggest(name, known)}')
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The sentence that ends a message about a misspelt name.
+
+    Example:
+        >>> suggest('nek', ['backbone', 'neck', 'bbox_head'])
+        "Did you mean 'neck'?"
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f'Did you mean {near[0]!r}?'
+    shown = ', '.join(repr(one) for one in known[:12])
+    more = ', …' if len(known) > 12 else ''
+    return f'It has {shown}{more}.' if shown else 'It has none.'
+
+
+def check_positive(who: str, **values: float) -> None:
+    """Settings that must be greater than zero.
+
+    Raises:
+        ValueError: Names the first setting that is not.
+    """
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f'{who} needs {name} > 0, got {name}={value!r}.')
+
+
+def check_fraction(who: str, **values: float) -> None:
+    """Settings that must lie in [0, 1].
+
+    Raises:
+        ValueError: Names the first setting that does not.
+    """
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(
+                f'{who} needs {name} between 0 and 1, got {name}={value!r}.'
+            )

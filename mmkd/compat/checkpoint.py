@@ -1,0 +1,441 @@
+"""Checkpoints, read without executing anything that is in them.
+
+A pickle may call any function of the interpreter that opens it. torch reads
+one safely (``weights_only``) if every class and function in it is known to be
+harmless. What MMEngine's training checkpoints hold beyond tensors is declared
+harmless here, once, for both stacks: buffers of logged values, NumPy arrays
+and scalars, and ``getattr``, which is replaced by a function that hands out
+four methods and nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from torch import Tensor
+
+__all__ = [
+    'CheckpointError',
+    'allow_checkpoints',
+    'check_file',
+    'classes_of',
+    'read_checkpoint',
+    'state_dict_of',
+]
+
+#: What a HistoryBuffer computes; a checkpoint names these by ``getattr``.
+_STATISTICS = ('min', 'max', 'current', 'mean')
+#: NumPy's name for its core until 1.26 and since 2.0.
+_CORES = ('numpy.core', 'numpy._core')
+#: Type codes of the arrays a checkpoint may hold: numbers and text, never
+#: Python objects.
+_CODES = '?bBhHiIlLqQefdgFDGSUmM'
+#: Wrappers whose name a state dict's keys may start with.
+_WRAPPERS = ('module.', '_orig_mod.')
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, is damaged, or is not safe to read."""
+
+
+# ---------------------------------------------------------------- safe reading
+
+
+def allow_checkpoints() -> None:
+    """Let training checkpoints be read safely, by mmkd and by MMEngine.
+
+    MMEngine 0.10.7 cannot read its own checkpoints back where torch reads
+    safely by default, and its maintained fork reads unsafely when the safe
+    way fails. Both use :func:`read_checkpoint` from here on. Calling this
+    again changes nothing.
+    """
+    torch.serialization.add_safe_globals(_harmless())
+    mmengine_checkpoint.CheckpointLoader.register_scheme(
+        prefixes='', loader=load_from_local, force=True
+    )
+    # Behind https://, torchvision:// and open-mmlab://.
+    mmengine_checkpoint.load_url = partial(
+        torch.hub.load_state_dict_from_url, weights_only=True
+    )
+    # The fork's only door to unsafe reading.
+    if hasattr(mmengine_checkpoint, '_safe_torch_load'):
+        mmengine_checkpoint._safe_torch_load = _load_safely
+
+
+def _harmless() -> list[tuple[Any, str]]:
+    """Pairs of an object and the name under which a pickle asks for it.
+
+    Names stand beside every object, although torch could find most by itself:
+    MMEngine's fork takes its own, nameless entries off the list after each
+    read, and must not take ours.
+    """
+    rebuild_array = np.empty(0).__reduce__()[0]
+    rebuild_scalar = np.float64(0).__reduce__()[0]
+    dtypes = {type(np.dtype(code)) for code in _CODES}
+    return [
+        (HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
+        (_statistic, 'builtins.getattr'),
+        (_encode, '_codecs.encode'),
+        (np.ndarray, 'numpy.ndarray'),
+        (np.dtype, 'numpy.dtype'),
+        *((rebuild_array, f'{core}.multiarray._reconstruct') for core in _CORES),
+        *((rebuild_scalar, f'{core}.multiarray.scalar') for core in _CORES),
+        *((one, f'numpy.dtypes.{one.__name__}') for one in dtypes),
+    ]
+
+
+def _statistic(owner: Any, name: str) -> Any:
+    """``getattr`` for the one use that training checkpoints make of it."""
+    if owner is HistoryBuffer and name in _STATISTICS:
+        return getattr(owner, name)
+    raise pickle.UnpicklingError(
+        f'getattr({getattr(owner, "__name__", type(owner).__name__)}, '
+        f'{name!r}) is refused'
+    )
+
+
+def _encode(text: str, encoding: str = 'latin1') -> bytes:
+    """``codecs.encode`` as NumPy's arrays use it, without codec look-up."""
+    if encoding != 'latin1':
+        raise pickle.UnpicklingError(f'encoding {encoding!r} is refused')
+    return text.encode('latin1')
+
+
+def load_from_local(filename: str, map_location: Any = None) -> dict:
+    """MMEngine's reader of local files, without its unsafe ways."""
+    return read_checkpoint(filename, map_location)
+
+
+def _load_safely(
+    file: Any, map_location: Any = None, weights_only: bool | None = None
+) -> Any:
+    return torch.load(file, map_location=map_location, weights_only=True)
+
+
+def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict:
+    """Read a checkpoint; nothing in it is ever executed.
+
+    Args:
+        path: A file of MMEngine, mmdet 2.x or torch, a ``.safetensors`` file,
+            or an address MMEngine understands (``https://``,
+            ``torchvision://``, ``open-mmlab://``).
+        map_location: Where tensors go, as for ``torch.load``.
+
+    Returns:
+        The checkpoint's dict. A plain state dict is returned as it is.
+
+    Raises:
+        FileNotFoundError: If there is no such file; the message suggests the
+            nearest name.
+        CheckpointError: If the file is no checkpoint, is cut off, or asks for
+            code to be run.
+    """
+    if '://' in str(path):
+        checkpoint = mmengine_checkpoint.CheckpointLoader.load_checkpoint(
+            str(path), map_location
+        )
+    else:
+        path = check_file(path)
+        if path.suffix == '.safetensors':
+            checkpoint = _read_safetensors(path, map_location)
+        else:
+            checkpoint = _read_pickle(path, map_location)
+    if not isinstance(checkpoint, Mapping) or not checkpoint:
+        raise CheckpointError(
+            f'read_checkpoint expected a dict of weights in {str(path)!r}, '
+            f'got {_describe(checkpoint)}. Save one with '
+            f"torch.save(dict(state_dict=model.state_dict()), 'FILE.pth')."
+        )
+    return checkpoint
+
+
+def _describe(thing: Any) -> str:
+    if isinstance(thing, Mapping):
+        return 'an empty one'
+    return f'an object of type {type(thing).__name__}'
+
+
+def _read_pickle(path: Path, map_location: Any) -> Any:
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, AttributeError, TypeError) as error:
+        wanted = _unsafe_names(path, error)
+        if not wanted:
+            raise _damaged(path, error) from error
+        raise CheckpointError(
+            f'read_checkpoint refuses {str(path)!r}: it holds more than '
+            f'weights and asks for {wanted}, which could run any code on this '
+            f'machine; nothing of it was run. If you trust whoever wrote it, '
+            f'convert it once on a machine without secrets: python -c "import '
+            f"torch; c = torch.load({str(path)!r}, weights_only=False); "
+            f"torch.save(dict(state_dict=c['state_dict']), 'weights.pth')\""
+        ) from error
+    except (EOFError, RuntimeError, ValueError, KeyError) as error:
+        if 'CUDA' in str(error) and 'deserialize' in str(error):
+            raise  # a matter of map_location, and torch says so
+        raise _damaged(path, error) from error
+
+
+def _unsafe_names(path: Path, error: Exception) -> str:
+    """What a refused pickle asked for, '' if it was merely broken."""
+    names = []
+    if zipfile.is_zipfile(path):
+        try:
+            get = torch.serialization.get_unsafe_globals_in_checkpoint
+            names = get(path)
+        except Exception:  # a pickle too odd to take apart
+            names = []
+    names = names or re.findall(r'GLOBAL ([\w.]+)', str(error))
+    if names:
+        return ', '.join(sorted(set(names)))
+    refused = re.search(
+        r'(\S+ is refused|reduce for unrecognized function.*'
+        r'|Can only (?:build|create).*)',
+        str(error),
+    )
+    return refused.group(0) if refused else ''
+
+
+def _read_safetensors(path: Path, map_location: Any) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(
+            f'Reading {str(path)!r} needs the package safetensors: '
+            f'pip install safetensors'
+        ) from error
+    device = map_location if isinstance(map_location, str) else 'cpu'
+    try:
+        return load_file(path, device=device)
+    except Exception as error:  # safetensors raises classes of its own
+        raise _damaged(path, error) from error
+
+
+# ------------------------------------------------------------ is there a file?
+
+
+def check_file(path: str | Path, who: str = 'read_checkpoint') -> Path:
+    """Make sure, without reading it all, that a checkpoint can be there.
+
+    Args:
+        path: The file.
+        who: Named in the messages.
+
+    Returns:
+        The path, with ``~`` resolved.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is empty, cut off, or something else.
+
+    Example:
+        >>> check_file('no/such/folder/epoch_12.pth')
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: read_checkpoint expected a checkpoint at ...
+    """
+    path = Path(os.path.expanduser(path))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'{who} expected a checkpoint at {str(path)!r}, got '
+            f'{"a folder" if path.is_dir() else "no such file"}. '
+            f'{_nearest(path)}'
+        )
+    size = path.stat().st_size
+    with path.open('rb') as file:
+        head = file.read(64)
+    complaint = _complaint(path, size, head)
+    if complaint:
+        raise CheckpointError(
+            f'{who} expected a checkpoint at {str(path)!r}, got {complaint}'
+        )
+    return path
+
+
+def _complaint(path: Path, size: int, head: bytes) -> str:
+    again = 'Copy or download it again.'
+    if not size:
+        return f'an empty file. {again}'
+    if head.lstrip().lower().startswith((b'<!doctype', b'<html', b'<?xml')):
+        return (
+            f'a web page of {size} bytes: the download was answered with an '
+            f'error page. {again}'
+        )
+    if head.startswith(b'version https://git-lfs'):
+        return (
+            'a Git LFS pointer instead of the file it stands for. Type: git '
+            'lfs pull'
+        )
+    if path.suffix == '.safetensors':
+        return ''
+    if head.startswith(b'PK\x03\x04'):
+        if zipfile.is_zipfile(path):
+            return ''
+        return f'one whose end is missing after {size} bytes. {again}'
+    # torch wrote bare pickles until 1.5; these start with their protocol.
+    if head[:1] == b'\x80' and len(head) > 1 and head[1] <= 5:
+        return ''
+    return (
+        f'a file of {size} bytes that torch did not write (it starts with '
+        f'{head[:8]!r}). Name a .pth file.'
+    )
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    first = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return CheckpointError(
+        f'read_checkpoint expected a checkpoint at {str(path)!r}, got a '
+        f'damaged file of {path.stat().st_size} bytes ({first[:160]}). Copy '
+        f'or download it again.'
+    )
+
+
+def _nearest(path: Path) -> str:
+    folder = path.parent
+    if path.is_dir():
+        folder = path
+    if not folder.is_dir():
+        return f'The folder {str(folder)!r} does not exist either.'
+    names = sorted(
+        one.name
+        for one in folder.iterdir()
+        if one.suffix in ('.pth', '.pt', '.safetensors', '.ckpt')
+    )
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    if near:
+        return f'Did you mean {str(folder / near[0])!r}?'
+    if not names:
+        return f'{str(folder)!r} holds no checkpoint.'
+    more = ', …' if len(names) > 8 else ''
+    return f'{str(folder)!r} holds {", ".join(names[:8])}{more}.'
+
+
+# --------------------------------------------------------------- what is in it
+
+
+def state_dict_of(
+    checkpoint: Mapping, prefer_ema: bool = True
+) -> OrderedDict[str, Tensor]:
+    """The weights in a checkpoint, under the names the detector gives them.
+
+    MMEngine's and mmdet 2.x's EMA hooks save the averaged weights under the
+    plain names and the trained ones beside them; others save a second dict.
+
+    Args:
+        checkpoint: What :func:`read_checkpoint` returned.
+        prefer_ema: Take averaged weights where the file has both; False takes
+            those the optimiser worked on.
+
+    Returns:
+        Name → tensor, with the version metadata of the file.
+
+    Raises:
+        CheckpointError: If it holds no tensors by name.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> list(state_dict_of(dict(state_dict={'module.conv.bias': one})))
+        ['conv.bias']
+    """
+    source = _weights(checkpoint, prefer_ema)
+    metadata = getattr(source, '_metadata', None)
+    state = OrderedDict(
+        (key, value)
+        for key, value in source.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    )
+    if not state:
+        raise CheckpointError(
+            'state_dict_of found no weights in the checkpoint, only '
+            f'{", ".join(sorted(map(str, checkpoint))) or "nothing"}. Name a '
+            "file with a 'state_dict'."
+        )
+    state = _untwine(state, prefer_ema)
+    for prefix in _WRAPPERS * 2:  # DDP around a compiled model, or inside
+        if all(key.startswith(prefix) for key in state):
+            state = OrderedDict(
+                (key[len(prefix) :], value) for key, value in state.items()
+            )
+            metadata = metadata and OrderedDict(
+                (key[len(prefix) :], value)
+                for key, value in metadata.items()
+                if key.startswith(prefix)
+            )
+    if metadata is not None:
+        state._metadata = metadata
+    return state
+
+
+def _weights(checkpoint: Mapping, prefer_ema: bool) -> Mapping:
+    """The dict of a checkpoint that holds the weights."""
+    if prefer_ema:
+        for key in ('state_dict_ema', 'model_ema'):
+            if isinstance(checkpoint.get(key), Mapping):
+                return checkpoint[key]
+    kept = checkpoint.get('ema_state_dict')
+    if not prefer_ema and isinstance(kept, Mapping):
+        return OrderedDict(
+            (key, value) for key, value in kept.items() if key != 'steps'
+        )
+    for key in ('state_dict', 'model', 'model_state_dict'):
+        if isinstance(checkpoint.get(key), Mapping):
+            return checkpoint[key]
+    return checkpoint
+
+
+def _untwine(
+    state: OrderedDict[str, Tensor], prefer_ema: bool
+) -> OrderedDict[str, Tensor]:
+    """Part mmdet 2.x's second copy of the weights from the first.
+
+    There, ``ema_backbone_conv1_weight`` stands beside
+    ``backbone.conv1.weight``, and a saved file has the average under the
+    latter.
+    """
+    copies = {
+        'ema_' + key.replace('.', '_'): key
+        for key in state
+        if not key.startswith('ema_')
+    }
+    if not any(copy in state for copy in copies):
+        return state
+    parted = OrderedDict()
+    for key, value in state.items():
+        if key in copies and key != copies[key]:
+            continue
+        twin = 'ema_' + key.replace('.', '_')
+        parted[key] = value if prefer_ema else state.get(twin, value)
+    return parted
+
+
+def classes_of(checkpoint: Mapping) -> tuple[str, ...] | None:
+    """Names of the classes a checkpoint was trained on, if it says so.
+
+    Example:
+        >>> classes_of(dict(meta=dict(CLASSES=('cat', 'dog'))))
+        ('cat', 'dog')
+    """
+    meta = checkpoint.get('meta')
+    if not isinstance(meta, Mapping):
+        return None
+    sources = [meta.get('dataset_meta'), meta]
+    for source in sources:
+        if not isinstance(source, Mapping):
+            continue
+        classes = source.get('classes', source.get('CLASSES'))
+        if classes and not isinstance(classes, str):
+            return tuple(str(one) for one in classes)
+    return None

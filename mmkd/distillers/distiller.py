@@ -1,0 +1,407 @@
+"""The distiller: a student's own detector, extended by teachers and terms."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from mmdet.structures import DetDataSample, SampleList
+from mmengine.dist import get_rank
+from mmengine.logging import MessageHub, print_log
+from mmengine.model import BaseModel
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from mmkd.build import build
+from mmkd.checks import check_name
+from mmkd.distillers.guard import Guard
+from mmkd.pixels import Pixels
+from mmkd.randomness import preserved, stream_seed
+from mmkd.registry import DETECTORS, MODELS
+from mmkd.structures import Step
+from mmkd.structures.step import Shower
+from mmkd.taps import Record, recording
+from mmkd.teachers import Teacher, Teachers, run_detector
+
+#: Side of the random image on which pairs are checked while the model is
+#: built, pixels: one cell at stride 128.
+CHECK_SIZE = 128
+
+
+@MODELS.register_module(name='Distiller')
+def distil(
+    student: str | Mapping, teachers: Mapping, terms: Mapping, **detector: Any
+) -> BaseModel:
+    """The student's detector, extended to learn from its teachers.
+
+    A config adds three keys to the student's own ``model``, which stays as it
+    is, so that tools which look for ``model.backbone`` find it::
+
+        model = dict(
+            type='mmkd.Distiller',
+            student=_base_.model.type,
+            teachers=dict(...),
+            terms=dict(...),
+        )
+
+    Args:
+        student: Type of the student, whose arguments stand beside it; or its
+            whole config.
+        teachers: Arguments of :class:`mmkd.teachers.Teacher`, by name.
+        terms: Configs of the summands; term ``pkd`` logs ``loss_kd_pkd``.
+        **detector: Arguments of the student where ``student`` is a type.
+
+    Returns:
+        An instance of the student's class, with the student's state.
+
+    Raises:
+        ValueError: If names, levels, channels or sizes do not fit.
+        FileNotFoundError: If a teacher's config does not exist.
+    """
+    if isinstance(student, Mapping):
+        _refuse_extras(detector)
+        config = copy.deepcopy(dict(student))
+    else:
+        config = dict(detector, type=student)
+    model = DETECTORS.build(config)
+    model.__class__ = distilling(type(model))
+    model.attach(teachers, terms)
+    return model
+
+
+def _refuse_extras(detector: Mapping) -> None:
+    # The runner hands a config's top-level preprocessor to every model.
+    extras = [key for key in detector if key != 'data_preprocessor']
+    if extras:
+        raise ValueError(
+            f'Distiller got a whole config as student and, beside it, '
+            f'{", ".join(extras)}. Write student=_base_.model.type to keep '
+            f"the student's arguments beside it, or move them inside."
+        )
+
+
+@cache
+def distilling(plain: type[BaseModel]) -> type[BaseModel]:
+    """The class of a detector, extended by :class:`Distilling`."""
+    return type(
+        f'Distilled{plain.__name__}',
+        (Distilling, plain),
+        {'__module__': __name__},
+    )
+
+
+class Distilling:
+    """What a detector gains: teachers, terms, and their share of the loss."""
+
+    teachers: Teachers
+    terms: nn.ModuleDict
+
+    def attach(self, teachers: Mapping, terms: Mapping) -> None:
+        """Build teachers and terms, and check that they fit the student.
+
+        The random state is left as it was, so that the student starts from
+        the weights it would have had alone.
+        """
+        _check_names(teachers, terms)
+        self._seed = torch.initial_seed()
+        self._guard = Guard()
+        self._checked_classes = False
+        self.register_state_dict_pre_hook(_refuse_broken_weights)
+        with preserved():
+            # Not a submodule: see mmkd.teachers.
+            self.__dict__['teachers'] = Teachers(
+                {
+                    name: Teacher(**config, name=name)
+                    for name, config in teachers.items()
+                }
+            )
+            self.terms = nn.ModuleDict()
+            self._pixels = Pixels.of(self, f'Student {type(self).__name__}')
+            for name, config in terms.items():
+                with _naming(name):
+                    term = build(config, 'the term')
+                    term.name = name
+                    term.bind(self, self.teachers)
+                self.terms[name] = term
+            self._check_pair()
+        self.teachers.mention_missing_files()
+
+    def init_weights(self) -> None:
+        """Initialise the student, then load the teachers, then inherit."""
+        super().init_weights()
+        with preserved():
+            self.teachers.load()
+            for teacher in self.teachers.values():
+                teacher.lend(self)
+
+    def loss(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList
+    ) -> dict[str, Tensor]:
+        """The student's own losses and every term's share."""
+        self._guard.check()
+        self.teachers.load()
+        self._check_classes()
+        iteration, progress = position()
+        factors = {
+            name: term.schedule(progress) for name, term in self.terms.items()
+        }
+        active = {name: factor for name, factor in factors.items() if factor}
+        with recording(self, self._student_paths(active)) as record:
+            losses = super().loss(batch_inputs, batch_data_samples)
+        step = self._step(
+            record, batch_inputs, batch_data_samples, iteration, progress
+        )
+        seed = stream_seed(self._seed, iteration, get_rank())
+        with preserved(seed):
+            for name, term in self.terms.items():
+                if name in active:
+                    share = _scale(term(step), active[name])
+                else:
+                    share = batch_inputs.new_zeros(()) + term.touch()
+                losses.update(flatten(name, share))
+        self._guard.watch(losses, iteration)
+        return losses
+
+    def _student_paths(self, names: Mapping | list[str]) -> list[str]:
+        paths = [
+            path for name in names for path in self.terms[name].student_paths
+        ]
+        return list(dict.fromkeys(paths))
+
+    def _step(
+        self,
+        record: Record,
+        images: Tensor,
+        samples: SampleList,
+        iteration: int = 0,
+        progress: float = 0.0,
+    ) -> Step:
+        def shower(teacher: Teacher) -> Shower:
+            return lambda images, grad=False: teacher.run(
+                images, samples, self._pixels, grad=grad
+            )
+
+        return Step(
+            student=record,
+            images=images,
+            samples=samples,
+            iteration=iteration,
+            progress=progress,
+            teachers={
+                name: shower(teacher)
+                for name, teacher in self.teachers.items()
+            },
+        )
+
+    def _check_pair(self) -> None:
+        """Show both sides one small image and let every term look at it."""
+        images = torch.rand(1, 3, CHECK_SIZE, CHECK_SIZE)
+        samples = [_example_sample()]
+        step, broken = self._dry_step(images, samples)
+        if broken is not None:
+            print_log(
+                f'{type(self).__name__}: levels and channels could not be '
+                f'checked while the model was built, because a forward pass '
+                f'on a random image failed ({broken}). They are checked in '
+                f'the first step.',
+                logger='current',
+                level=logging.WARNING,
+            )
+            return
+        for name, term in self.terms.items():
+            if not term.checkable(step):
+                continue
+            with _naming(name), _modes_kept(term), torch.no_grad():
+                term.eval()
+                term(step)
+
+    def _dry_step(
+        self, images: Tensor, samples: SampleList
+    ) -> tuple[Step | None, Exception | None]:
+        names = list(self.terms)
+        try:
+            with (
+                _modes_kept(self),
+                torch.no_grad(),
+                recording(
+                    self, self._student_paths(names), stop=True
+                ) as record,
+            ):
+                self.eval()
+                run_detector(self, images, samples)
+            step = self._step(record, images, samples)
+            for name in self.teachers:
+                step.teacher(name)
+        except Exception as error:  # any detector's own trouble
+            return None, error
+        return step, None
+
+    def _check_classes(self) -> None:
+        if self._checked_classes:
+            return
+        self._checked_classes = True
+        known = _training_classes()
+        for name, term in self.terms.items():
+            if not term.compares_classes():
+                continue
+            for teacher in term.teacher_names:
+                _same_classes(
+                    name, teacher, known, self.teachers[teacher].classes
+                )
+
+
+def position() -> tuple[int, float]:
+    """Iteration and progress of the training, (0, 0.0) outside of one."""
+    hub = MessageHub.get_current_instance()
+    iteration = hub.get_info('iter', 0)
+    total = hub.get_info('max_iters', 0)
+    progress = min(iteration / total, 1.0) if total else 0.0
+    return int(iteration), progress
+
+
+def flatten(
+    term: str, share: Tensor | Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A term's share under the names it is logged by.
+
+    Example:
+        >>> flatten('fgd', {'relation': 1, 'watch_peak': 2})
+        {'loss_kd_fgd_relation': 1, 'kd_fgd_peak': 2}
+    """
+    if not isinstance(share, Mapping):
+        return {f'loss_kd_{term}': share}
+    return {
+        f'kd_{term}_{part.removeprefix("watch_")}'
+        if part.startswith('watch_')
+        else f'loss_kd_{term}_{part}': value
+        for part, value in share.items()
+    }
+
+
+def _scale(
+    share: Tensor | Mapping[str, Tensor], factor: float
+) -> Tensor | Mapping[str, Tensor]:
+    if factor == 1:
+        return share
+    if not isinstance(share, Mapping):
+        return factor * share
+    return {
+        part: value if part.startswith('watch_') else factor * value
+        for part, value in share.items()
+    }
+
+
+def _refuse_broken_weights(
+    module: Distilling, prefix: str, keep_vars: bool
+) -> None:
+    module._guard.check()
+
+
+def _check_names(teachers: Mapping, terms: Mapping) -> None:
+    if not terms:
+        raise ValueError(
+            'Distiller needs at least one term, got terms={}. Add one, or '
+            "train the student's own config."
+        )
+    for kind, names in (('teacher', teachers), ('term', terms)):
+        for name in names:
+            if not str(name).isidentifier():
+                raise ValueError(
+                    f'Distiller cannot call a {kind} {name!r}: the name '
+                    f'becomes part of log and checkpoint keys. Use letters, '
+                    f'digits and underscores.'
+                )
+    for name, teacher in teachers.items():
+        if 'config' not in teacher:
+            check_name(
+                f'Teacher {name!r}', 'argument', 'config', list(teacher)
+            )
+    for name, term in terms.items():
+        if 'teacher' in term:
+            check_name(
+                f'Term {name!r}: the distiller',
+                'teacher',
+                term['teacher'],
+                teachers,
+            )
+
+
+@contextmanager
+def _naming(term: str) -> Iterator[None]:
+    """Say in which term something went wrong."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f'Term {term!r}: {error}') from error
+
+
+@contextmanager
+def _modes_kept(module: nn.Module) -> Iterator[None]:
+    modes = [(one, one.training) for one in module.modules()]
+    try:
+        yield
+    finally:
+        for one, training in modes:
+            one.training = training
+
+
+def _example_sample() -> DetDataSample:
+    size = (CHECK_SIZE, CHECK_SIZE)
+    sample = DetDataSample(
+        metainfo=dict(
+            img_shape=size,
+            ori_shape=size,
+            pad_shape=size,
+            batch_input_shape=size,
+            scale_factor=(1.0, 1.0),
+            flip=False,
+        )
+    )
+    side = CHECK_SIZE / 2
+    box = torch.tensor([[side / 2, side / 2, 1.5 * side, 1.5 * side]])
+    sample.gt_instances = InstanceData(
+        bboxes=box, labels=torch.zeros(1, dtype=torch.long)
+    )
+    return sample
+
+
+def _training_classes() -> tuple[str, ...] | None:
+    hub = MessageHub.get_current_instance()
+    meta = hub.get_info('dataset_meta', None) or {}
+    classes = meta.get('classes')
+    return tuple(classes) if classes else None
+
+
+def _same_classes(
+    term: str,
+    teacher: str,
+    own: tuple[str, ...] | None,
+    theirs: tuple[str, ...] | None,
+) -> None:
+    if own is None or theirs is None or own == theirs:
+        return
+    position = next(
+        (
+            index
+            for index, (one, other) in enumerate(zip(own, theirs))
+            if one != other
+        ),
+        min(len(own), len(theirs)),
+    )
+    raise ValueError(
+        f'Term {term!r} compares class scores, but teacher {teacher!r} was '
+        f'trained on {len(theirs)} classes and the data set has {len(own)}; '
+        f'they first differ at {position}: the teacher has '
+        f'{_at(theirs, position)}, the data set {_at(own, position)}. Use a '
+        f'teacher trained on the same list in the same order, or a feature '
+        f"term (tap='neck')."
+    )
+
+
+def _at(classes: tuple[str, ...], index: int) -> str:
+    return repr(classes[index]) if index < len(classes) else 'nothing'

@@ -1,0 +1,3 @@
+from mmkd.registry import discover
+
+discover(__name__, __path__)

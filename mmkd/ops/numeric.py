@@ -1,0 +1,59 @@
+"""Precision, scale and nothing: what every loss does to a map first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def as_float(feature: Tensor) -> Tensor:
+    """A tensor in float32, or in float64 if it came so.
+
+    Half precision overflows in sums of squares; float64 stays, so that
+    derivatives can be checked numerically.
+
+    Example:
+        >>> as_float(torch.zeros(1, dtype=torch.float16)).dtype
+        torch.float32
+        >>> as_float(torch.zeros(1, dtype=torch.float64)).dtype
+        torch.float64
+    """
+    return feature.to(torch.promote_types(feature.dtype, torch.float32))
+
+
+def full_precision(feature: Tensor) -> torch.autocast:
+    """Context in which matrix products are not cast to half precision.
+
+    Example:
+        >>> x = torch.eye(2)
+        >>> with torch.autocast('cpu', torch.bfloat16), full_precision(x):
+        ...     (x @ x).dtype
+        torch.float32
+    """
+    return torch.autocast(feature.device.type, enabled=False)
+
+
+def zero_of(feature: Tensor) -> Tensor:
+    """Zero with a gradient of zero to a map, whatever the map holds.
+
+    Example:
+        >>> x = torch.tensor([float('inf')], requires_grad=True)
+        >>> zero_of(x).backward()
+        >>> x.grad
+        tensor([0.])
+    """
+    return as_float(feature.flatten()[:0]).sum()
+
+
+def standardise(feature: Tensor, eps: float) -> Tensor:
+    """Zero mean, unit deviation per channel, (N, C, H, W) → same.
+
+    Args:
+        feature: Map of one level, (N, C, H, W).
+        eps: Added to the deviation, for channels that are flat.
+    """
+    feature = as_float(feature)
+    std, mean = torch.std_mean(
+        feature, dim=(0, 2, 3), correction=0, keepdim=True
+    )
+    return (feature - mean) / (std + eps)

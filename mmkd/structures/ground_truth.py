@@ -1,0 +1,143 @@
+"""Annotations of one batch, laid flat so that no code loops over boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """Boxes of all images of a batch in one tensor.
+
+    Attributes:
+        boxes: ``x1 y1 x2 y2`` in pixels of the padded input, (M, 4).
+        labels: Class of each box, (M,).
+        image: Index of the image each box belongs to, (M,).
+        shape: Height and width of the padded batch, pixels.
+        image_shapes: Height and width of each image before padding.
+        ignored: Boxes that neither count as object nor as background,
+            (K, 4).
+        ignored_image: Index of the image of each ignored box, (K,).
+        ids: The data set's identifier of each image, None where it has none.
+        samples: mmdet's own samples, for what is not laid out here (masks,
+            flips, paths).
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    image: Tensor
+    shape: tuple[int, int]
+    image_shapes: tuple[tuple[int, int], ...]
+    ignored: Tensor
+    ignored_image: Tensor
+    ids: tuple[int | str | None, ...] = ()
+    samples: tuple = ()
+
+    @property
+    def num_images(self) -> int:
+        return len(self.image_shapes)
+
+    @classmethod
+    def from_samples(cls, samples: Sequence, images: Tensor) -> GroundTruth:
+        """Lay out what mmdet attaches to a batch.
+
+        Args:
+            samples: ``DetDataSample`` of each image.
+            images: The padded batch, (N, 3, H, W): gives size and device.
+        """
+        shape = tuple(images.shape[-2:])
+        boxes, labels, image = _flatten(
+            [sample.get('gt_instances') for sample in samples], images
+        )
+        ignored, _, ignored_image = _flatten(
+            [sample.get('ignored_instances') for sample in samples], images
+        )
+        return cls(
+            boxes=boxes,
+            labels=labels,
+            image=image,
+            shape=shape,
+            image_shapes=tuple(
+                tuple(sample.metainfo.get('img_shape', shape)[:2])
+                for sample in samples
+            ),
+            ignored=ignored,
+            ignored_image=ignored_image,
+            ids=tuple(sample.metainfo.get('img_id') for sample in samples),
+            samples=tuple(samples),
+        )
+
+    @classmethod
+    def from_boxes(
+        cls,
+        boxes: Sequence[Tensor],
+        shape: tuple[int, int],
+        labels: Sequence[Tensor] | None = None,
+        image_shapes: Sequence[tuple[int, int]] | None = None,
+        ignored: Sequence[Tensor] | None = None,
+    ) -> GroundTruth:
+        """Build from one box tensor an image, as a test or a tool needs it.
+
+        Args:
+            boxes: Boxes of each image, (M_n, 4).
+            shape: Height and width of the padded batch, pixels.
+            labels: Classes of each image's boxes, (M_n,); 0 if None.
+            image_shapes: Sizes before padding; ``shape`` if None.
+            ignored: Ignored boxes of each image, (K_n, 4); none if None.
+
+        Example:
+            >>> gt = GroundTruth.from_boxes(
+            ...     [torch.tensor([[0.0, 0, 8, 8]]), torch.zeros(0, 4)],
+            ...     shape=(32, 32),
+            ... )
+            >>> gt.image.tolist(), gt.num_images
+            ([0], 2)
+        """
+        if ignored is None:
+            ignored = [one.new_zeros(0, 4) for one in boxes]
+        if labels is None:
+            labels = [
+                torch.zeros(len(one), dtype=torch.long, device=one.device)
+                for one in boxes
+            ]
+        return cls(
+            boxes=torch.cat(list(boxes)),
+            labels=torch.cat(list(labels)),
+            image=_owners(boxes),
+            shape=tuple(shape),
+            image_shapes=tuple(image_shapes or [tuple(shape)] * len(boxes)),
+            ignored=torch.cat(list(ignored)),
+            ignored_image=_owners(ignored),
+        )
+
+
+def _flatten(
+    instances: Sequence[InstanceData | None], images: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = images.new_zeros(0, 4, dtype=torch.float32)
+    boxes, labels = [nothing], [nothing.new_zeros(0, dtype=torch.long)]
+    for one in instances:
+        here = nothing if one is None or 'bboxes' not in one else one.bboxes
+        here = getattr(here, 'tensor', here)  # mmdet's box types
+        boxes.append(here.to(images.device, torch.float32).reshape(-1, 4))
+        known = one is not None and 'labels' in one
+        labels.append(
+            one.labels.to(images.device)
+            if known
+            else labels[0].new_zeros(len(here))
+        )
+    return torch.cat(boxes), torch.cat(labels), _owners(boxes[1:])
+
+
+def _owners(boxes: Sequence[Tensor]) -> Tensor:
+    return torch.cat(
+        [
+            one.new_full((len(one),), index, dtype=torch.long)
+            for index, one in enumerate(boxes)
+        ]
+    )

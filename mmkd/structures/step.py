@@ -1,0 +1,80 @@
+"""One iteration, as a term may need it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from mmkd.checks import check_name
+from mmkd.structures.ground_truth import GroundTruth
+
+
+class Outputs(Protocol):
+    """What the taps of one forward pass returned.
+
+    Attributes:
+        detector: The detector that ran.
+        size: Height and width of the images it was shown.
+    """
+
+    detector: nn.Module
+    size: tuple[int, int] | None
+
+    def has(self, path: str) -> bool: ...
+
+    def at(self, path: str) -> Any: ...
+
+    def inputs(self, path: str) -> tuple[tuple, dict]: ...
+
+
+#: Shows images to a teacher: (images, keep a graph to the images) → outputs.
+Shower = Callable[[Tensor, bool], Outputs]
+
+
+@dataclass
+class Step:
+    """The batch, what student and teachers make of it, and where we are.
+
+    Attributes:
+        student: Recorded outputs of the student in this step;
+            ``student.detector`` is the student itself.
+        images: The batch as the student sees it, (N, 3, H, W).
+        samples: mmdet's sample of each image.
+        progress: Position in the training, [0, 1].
+        iteration: Iterations done before this one.
+        teachers: Shows images to a teacher, by name.
+    """
+
+    student: Outputs
+    images: Tensor
+    samples: list
+    progress: float = 0.0
+    iteration: int = 0
+    teachers: Mapping[str, Shower] = field(default_factory=dict)
+    _ran: dict[str, Outputs] = field(default_factory=dict, repr=False)
+
+    def teacher(self, name: str) -> Outputs:
+        """A teacher's outputs for this batch; it runs at the first demand."""
+        if name not in self._ran:
+            self._ran[name] = self.show(name, self.images)
+        return self._ran[name]
+
+    def show(self, name: str, images: Tensor, grad: bool = False) -> Outputs:
+        """Show a teacher images of the term's own making.
+
+        Args:
+            name: Name of the teacher.
+            images: In the student's normalisation, (N, 3, H, W).
+            grad: Keep the graph from the images to the outputs.
+        """
+        check_name('The distiller', 'teacher', name, self.teachers)
+        return self.teachers[name](images, grad)
+
+    @cached_property
+    def gt(self) -> GroundTruth:
+        """The annotations of the batch, laid flat."""
+        return GroundTruth.from_samples(self.samples, self.images)

@@ -1,0 +1,244 @@
+"""Taps: record what named parts of a detector return in a forward pass.
+
+A path names a submodule (``neck``, ``backbone.layer3``) or a method of one
+(``bbox_head.get_targets``). It is wrapped for the length of one pass and then
+left as it was: no hook or tensor stays behind in the model, so copies of it,
+its state dict and its compiled form know nothing of the taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmkd.checks import suggest
+
+
+class Record:
+    """What the taps of one forward pass returned, call by call.
+
+    Args:
+        detector: The detector that runs.
+        paths: The taps.
+
+    Attributes:
+        size: Height and width of the images the detector was shown, or None
+            for the step's own.
+    """
+
+    def __init__(self, detector: nn.Module, paths: Iterable[str]) -> None:
+        self.detector = detector
+        self.size: tuple[int, int] | None = None
+        self._calls: dict[str, list[Call]] = {path: [] for path in paths}
+
+    def add(self, path: str, call: Call) -> None:
+        self._calls[path].append(call)
+
+    def has(self, path: str) -> bool:
+        return bool(self._calls.get(path))
+
+    def at(self, path: str) -> Any:
+        """Output of a tap; a tuple of outputs if it was called repeatedly.
+
+        Raises:
+            RuntimeError: If the pass never called it, or a later layer
+                overwrote what it returned.
+        """
+        calls = self._called(path)
+        if any(call.overwritten() for call in calls):
+            raise RuntimeError(
+                f'{self._name}: the output of {path!r} was overwritten in '
+                f'place by the layer after it (an inplace activation). Tap '
+                f'that layer instead, or set inplace=False there.'
+            )
+        outputs = [call.output for call in calls]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def inputs(self, path: str) -> tuple[tuple, dict]:
+        """Arguments of a tap's last call: positional ones, and by name."""
+        call = self._called(path)[-1]
+        return call.args, call.kwargs
+
+    @property
+    def _name(self) -> str:
+        return type(self.detector).__name__
+
+    def _called(self, path: str) -> list[Call]:
+        if not self.has(path):
+            raise RuntimeError(
+                f'{self._name} did not call {path!r} in this forward pass. '
+                f'Tap a part that its forward runs.'
+            )
+        return self._calls[path]
+
+
+class Call:
+    """One call of a tapped part."""
+
+    def __init__(self, args: tuple, kwargs: dict, output: Any) -> None:
+        self.args, self.kwargs, self.output = args, kwargs, output
+        self._versions = [(one, one._version) for one in _tensors(output)]
+
+    def overwritten(self) -> bool:
+        return any(one._version != then for one, then in self._versions)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = output.values()
+    elif not isinstance(output, (list, tuple)):
+        return []
+    return [tensor for one in output for tensor in _tensors(one)]
+
+
+class Finished(Exception):  # noqa: N818 - a signal, not an error
+    """Leaves a forward pass once every tap of it has been recorded."""
+
+
+def resolve(detector: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module and the name of its method that a tap path stands for.
+
+    Args:
+        detector: The detector the path starts from.
+        path: Names joined by dots.
+
+    Raises:
+        ValueError: If a name is unknown; the message suggests the nearest.
+    """
+    owner: Any = detector
+    names = path.split('.')
+    for depth, name in enumerate(names):
+        part = _part(owner, name)
+        if isinstance(part, nn.Module):
+            owner = part
+            continue
+        if callable(part) and depth == len(names) - 1:
+            return owner, name
+        where = '.'.join([type(detector).__name__, *names[:depth]])
+        known = [child for child, _ in owner.named_children()]
+        raise ValueError(
+            f'{where} has no submodule {name!r} to tap. {suggest(name, known)}'
+        )
+    return owner, 'forward'
+
+
+def _part(owner: nn.Module, name: str) -> Any:
+    child = owner._modules.get(name)
+    return child if child is not None else getattr(owner, name, None)
+
+
+@contextmanager
+def recording(
+    detector: nn.Module, paths: Iterable[str], stop: bool = False
+) -> Iterator[Record]:
+    """Record taps while the block runs the detector.
+
+    Args:
+        detector: The detector that is run.
+        paths: Taps to record.
+        stop: Leave the block as soon as the parts of the detector that hold
+            the taps have returned: what comes after them is never run.
+    """
+    paths = list(paths)
+    record = Record(detector, paths)
+    with ExitStack() as stack:
+        for path in paths:
+            owner, name = resolve(detector, path)
+            stack.enter_context(_wrapped(owner, name, _recorder(record, path)))
+        if stop:
+            parts = {path.split('.')[0] for path in paths}
+            for part in parts:
+                owner, name = resolve(detector, part)
+                stack.enter_context(
+                    _wrapped(owner, name, _stopper(record, part, parts, paths))
+                )
+        with suppress(Finished):
+            yield record
+
+
+def _recorder(record: Record, path: str) -> Callable[[Call], None]:
+    return lambda call: record.add(path, call)
+
+
+def _stopper(
+    record: Record, part: str, parts: set[str], paths: Sequence[str]
+) -> Callable[[Call], None]:
+    def leave(_: Call) -> None:
+        if all(record.has(path) for path in paths if _inside(path, part)):
+            parts.discard(part)
+        if not parts:
+            raise Finished
+
+    return leave
+
+
+def _inside(path: str, part: str) -> bool:
+    return path == part or path.startswith(f'{part}.')
+
+
+@contextmanager
+def _wrapped(
+    owner: nn.Module, name: str, listen: Callable[[Call], None]
+) -> Iterator[None]:
+    # The method and not a forward hook: mmdet calls some heads by
+    # ``head.forward(x)``, which hooks never see.
+    own = owner.__dict__.get(name)
+    method = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = method(*args, **kwargs)
+        listen(Call(args, kwargs, output))
+        return output
+
+    owner.__dict__[name] = call
+    try:
+        yield
+    finally:
+        if own is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = own
+
+
+def maps_of(
+    value: Any, who: str, output: int | None = None
+) -> tuple[Tensor, ...]:
+    """Bring what a tap returned into one form: a tuple of maps.
+
+    Args:
+        value: A map, a sequence of maps, a sequence of such sequences (a
+            head's outputs), or a tuple of any of these (a part called once a
+            level).
+        who: Named in the message.
+        output: Which of a head's outputs, for instance 0 for class scores.
+
+    Raises:
+        ValueError: If what is left is not a tuple of tensors.
+    """
+    if output is not None:
+        if not isinstance(value, (list, tuple)) or output >= len(value):
+            size = len(value) if isinstance(value, (list, tuple)) else 1
+            raise ValueError(
+                f'{who} asks for output={output} of a tap that returns '
+                f'{size}. Use an output below {size}, or none.'
+            )
+        value = value[output]
+    maps = (value,) if isinstance(value, Tensor) else value
+    if isinstance(maps, (list, tuple)) and all(
+        isinstance(one, Tensor) for one in maps
+    ):
+        return tuple(maps)
+    kinds = (
+        ', '.join(type(one).__name__ for one in maps)
+        if isinstance(maps, (list, tuple))
+        else type(maps).__name__
+    )
+    raise ValueError(
+        f'{who} needs a tap that returns feature maps, got {kinds}. A head '
+        f'returns several lists of maps: choose one with output=0.'
+    )

@@ -1,0 +1,353 @@
+"""Teachers: loaded strictly, frozen, normalised, run only as far as asked.
+
+A teacher is not a submodule of the student. Optimiser, state dict, DDP and
+EMA never see it, ``init_weights()`` cannot reach it, and ``train()`` leaves it
+in eval mode.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from mmkd.checks import check_name
+from mmkd.compat.checkpoint import (
+    check_file,
+    classes_of,
+    read_checkpoint,
+    state_dict_of,
+)
+from mmkd.configs import read_config, student_config
+from mmkd.pixels import Pixels, translate
+from mmkd.registry import DETECTORS
+from mmkd.taps import Record, recording, resolve
+
+#: Weights of terms in a distilled student's checkpoint; no detector's own.
+TERM_PREFIX = 'terms.'
+
+
+class Teacher:
+    """A detector that gives targets and never changes.
+
+    The structure is built and checked at once, the weights are read when
+    training starts; inference with the student needs no file of the teacher.
+
+    Args:
+        config: Config of the detector: a path, ``'mmdet::…'``, ``'mmkd::…'``
+            or a config already read. Of a distillation config, the student.
+        checkpoint: Its weights: a path, or an ``https://`` address that is
+            downloaded once. mmdet 3 and 2.x files and files with an EMA
+            state are understood.
+        cfg_options: Settings of the config to replace, by dotted name; for
+            instance ``{'model.bbox_head.num_classes': 3}`` for a teacher
+            trained on custom data.
+        inherit: Which parts the student starts from: ``True`` for neck and
+            heads, a sequence of names such as ``('neck', 'bbox_head')`` for
+            these alone, ``False`` for none.
+        ema: Take the averaged weights where the file has them.
+        name: Name among the distiller's teachers, for messages.
+
+    Raises:
+        FileNotFoundError: If there is no such config.
+    """
+
+    def __init__(
+        self,
+        config: str | Path | Mapping | Config,
+        checkpoint: str | Path | None = None,
+        cfg_options: Mapping[str, Any] | None = None,
+        inherit: bool | Sequence[str] = False,
+        ema: bool = True,
+        name: str = 'teacher',
+    ) -> None:
+        self.name, self.checkpoint, self.ema = name, checkpoint, ema
+        self.inherit = inherit
+        self.source = config if isinstance(config, (str, Path)) else 'a dict'
+        config = read_config(config, f'Teacher {name!r}', cfg_options)
+        model = student_config(config.model)
+        self.detector: nn.Module = DETECTORS.build(_without_init(model))
+        self.detector.eval().requires_grad_(False)
+        self.pixels = Pixels.of(self.detector, f'Teacher {name!r}')
+        self.paths: list[str] = []
+        self.classes: tuple[str, ...] | None = None
+        self.loaded = False
+
+    def __deepcopy__(self, memo: dict) -> Teacher:
+        return self  # copies of the student, such as an EMA, share it
+
+    def __repr__(self) -> str:
+        state = 'loaded' if self.loaded else 'not loaded yet'
+        return (
+            f'Teacher {self.name!r}: {type(self.detector).__name__} of '
+            f'{self.source}, weights of {self.checkpoint} ({state})'
+        )
+
+    def tap(self, path: str) -> None:
+        """Note an output that some term will ask for.
+
+        Raises:
+            ValueError: If the detector has no such part.
+        """
+        resolve(self.detector, path)
+        if path not in self.paths:
+            self.paths.append(path)
+
+    def check_file(self) -> None:
+        """Fail early if the weights cannot be there.
+
+        Raises:
+            FileNotFoundError: If no file is named, or it does not exist.
+            CheckpointError: If it is empty, cut off, or no checkpoint.
+        """
+        if self.checkpoint is None:
+            raise FileNotFoundError(
+                f'Teacher {self.name!r} ({self.source}) has no checkpoint: '
+                f'an untrained teacher teaches nothing. Set '
+                f"teachers=dict({self.name}=dict(checkpoint='FILE.pth'))."
+            )
+        if '://' in str(self.checkpoint):
+            return
+        try:
+            check_file(self.checkpoint, f'Teacher {self.name!r}')
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f'{error} Put the weights there, or name another file: '
+                f'--cfg-options model.teachers.{self.name}.checkpoint=FILE.pth'
+            ) from error
+
+    def load(self) -> None:
+        """Read the weights, every one of them, and freeze the detector.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file does not fit the detector exactly; the
+                message counts and names what is missing, left over or of
+                another shape.
+        """
+        if self.loaded:
+            return
+        self.check_file()
+        checkpoint = read_checkpoint(self.checkpoint)
+        state = state_dict_of(checkpoint, prefer_ema=self.ema)
+        for key in [key for key in state if key.startswith(TERM_PREFIX)]:
+            del state[key]
+        self._load_strictly(state)
+        self.classes = classes_of(checkpoint)
+        self.detector.eval().requires_grad_(False)
+        self.loaded = True
+        print_log(
+            f'Teacher {self.name!r}: all {len(state)} tensors of '
+            f'{self.checkpoint} loaded into '
+            f'{type(self.detector).__name__} of {self.source}; frozen, eval.',
+            logger='current',
+        )
+
+    def _load_strictly(self, state: dict[str, Tensor]) -> None:
+        kept = {
+            key: value.clone()
+            for key, value in self.detector.state_dict().items()
+        }
+        try:
+            self.detector.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            self.detector.load_state_dict(kept)
+            raise ValueError(self._misfit(state, kept)) from error
+
+    def _misfit(self, state: Mapping, own: Mapping) -> str:
+        missing = [key for key in own if key not in state]
+        extra = [key for key in state if key not in own]
+        shapes = [
+            f'{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}'
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ]
+        head = [one for one in shapes if 'cls' in one or 'head' in one]
+        hint = (
+            'It is a checkpoint of another detector: name the config it was '
+            'trained with.'
+        )
+        if shapes and head and not missing and not extra:
+            hint = (
+                'Only the head differs, as after training on other classes: '
+                'set num_classes for this teacher, for instance '
+                "cfg_options={'model.bbox_head.num_classes': 3}."
+            )
+        return (
+            f'Teacher {self.name!r}: {self.checkpoint} does not fit '
+            f'{type(self.detector).__name__} of {self.source}. Of '
+            f'{len(own)} tensors {len(missing)} are missing'
+            f'{_some(missing)}, {len(shapes)} have another shape'
+            f'{_some(shapes)}; {len(extra)} are left over{_some(extra)}. '
+            f'{hint}'
+        )
+
+    def to(self, device: torch.device) -> None:
+        # Moved when it runs and not along with the student, whose copies
+        # (an EMA kept on the CPU) share this one teacher.
+        if next(self.detector.parameters()).device != device:
+            self.detector.to(device)
+
+    def run(
+        self,
+        images: Tensor,
+        samples: list,
+        pixels: Pixels,
+        paths: Iterable[str] | None = None,
+        grad: bool = False,
+    ) -> Record:
+        """Show a batch to the teacher and record its taps.
+
+        Args:
+            images: The batch as the student sees it, (N, 3, H, W).
+            samples: mmdet's sample of each image.
+            pixels: How the student's images were normalised.
+            paths: Taps wanted; all that were noted if None.
+            grad: Keep the graph from the images to the taps.
+        """
+        self.to(images.device)
+        shapes = [
+            tuple(one.metainfo.get('img_shape', images.shape[-2:])[:2])
+            for one in samples
+        ]
+        images = translate(images, shapes, pixels, self.pixels)
+        paths = self.paths if paths is None else list(paths)
+        with (
+            torch.set_grad_enabled(grad),
+            recording(self.detector, paths, stop=True) as record,
+        ):
+            record.size = tuple(images.shape[-2:])
+            run_detector(self.detector, images, samples)
+        return record
+
+    def lend(self, student: nn.Module) -> None:
+        """Start the student from the parts that ``inherit`` names.
+
+        Raises:
+            ValueError: If a part is unknown or differs in shape.
+        """
+        if not self.inherit:
+            return
+        parts = self._heirlooms(student)
+        taken = sum(
+            _copy(self, part, getattr(student, part), self.detector)
+            for part in parts
+        )
+        left = [
+            name for name, _ in student.named_children() if name not in parts
+        ]
+        print_log(
+            f'Teacher {self.name!r}: the student inherits {taken} tensors of '
+            f'{", ".join(parts)}; {", ".join(left)} keep their own.',
+            logger='current',
+        )
+
+    def _heirlooms(self, student: nn.Module) -> list[str]:
+        shared = [
+            name
+            for name, _ in student.named_children()
+            if name not in ('backbone', 'data_preprocessor', 'terms')
+            and isinstance(getattr(self.detector, name, None), nn.Module)
+        ]
+        if self.inherit is True:
+            parts = shared
+        else:
+            one = isinstance(self.inherit, str)
+            parts = [self.inherit] if one else list(self.inherit)
+            for part in parts:
+                who = f'Teacher {self.name!r} with inherit={self.inherit!r}'
+                check_name(who, 'part', part, shared)
+        if not parts:
+            raise ValueError(
+                f'Teacher {self.name!r} with inherit=True shares no part with '
+                f'{type(student).__name__} besides the backbone. Set '
+                f'inherit=False.'
+            )
+        return parts
+
+
+def _copy(
+    teacher: Teacher, part: str, own: nn.Module, detector: nn.Module
+) -> int:
+    given = getattr(detector, part).state_dict()
+    wanted = own.state_dict()
+    differs = [
+        f'{key} {tuple(given[key].shape) if key in given else "missing"} for '
+        f'{tuple(wanted[key].shape)}'
+        for key in wanted
+        if key not in given or given[key].shape != wanted[key].shape
+    ]
+    differs += [f'{key} left over' for key in given if key not in wanted]
+    if differs:
+        raise ValueError(
+            f'Teacher {teacher.name!r}: the student cannot inherit '
+            f'{part!r}: {len(differs)} tensors differ{_some(differs)}. Name '
+            f"the parts that match, for instance inherit=('neck',), or set "
+            f'inherit=False.'
+        )
+    own.load_state_dict(given)
+    return len(given)
+
+
+class Teachers(dict):
+    """Teachers by name, out of sight of everything that walks modules."""
+
+    def __deepcopy__(self, memo: dict) -> Teachers:
+        return self
+
+    def load(self) -> None:
+        for teacher in self.values():
+            teacher.load()
+
+    def check_files(self) -> None:
+        for teacher in self.values():
+            teacher.check_file()
+
+    def mention_missing_files(self) -> None:
+        """Warn at build: inference does without, training will not."""
+        for teacher in self.values():
+            try:
+                teacher.check_file()
+            except FileNotFoundError as error:
+                print_log(
+                    f'{error} (Inference with the student needs no teacher.)',
+                    logger='current',
+                    level=logging.WARNING,
+                )
+
+
+def run_detector(detector: nn.Module, images: Tensor, samples: list) -> None:
+    """Run backbone, neck and heads without losses or post-processing."""
+    for sample in samples:
+        # Set by the preprocessor in training; query-based heads read it.
+        if 'batch_input_shape' not in sample.metainfo:
+            sample.set_metainfo({'batch_input_shape': images.shape[-2:]})
+    detector._forward(images, samples)
+
+
+def _without_init(model: Mapping) -> dict:
+    """A config whose modules fetch no pretrained weights of their own."""
+    if isinstance(model, Mapping):
+        return type(model)(
+            {
+                key: None if key == 'init_cfg' else _without_init(value)
+                for key, value in model.items()
+                if key != 'pretrained'
+            }
+        )
+    if isinstance(model, (list, tuple)):
+        return type(model)(_without_init(one) for one in model)
+    return model
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    if not names:
+        return ''
+    more = ', …' if len(names) > most else ''
+    return f' ({", ".join(names[:most])}{more})'

@@ -1,0 +1,280 @@
+"""Feature maps of the student, made comparable with a teacher's."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from mmkd.build import build
+from mmkd.checks import check_name
+from mmkd.registry import MODELS
+from mmkd.structures import Outputs, Step
+from mmkd.taps import maps_of
+from mmkd.terms.term import Term
+
+if TYPE_CHECKING:
+    from mmkd.teachers import Teacher
+
+
+@MODELS.register_module()
+class FeatureTerm(Term):
+    """Distance between maps of the student and maps of a teacher.
+
+    .. math:: \\sum_l loss_l(align(student[tap])_l, teacher[tap]_l)
+
+    A loss of ``scope = 'level'`` is built once a level, each with its own
+    weights, and summed; one of ``scope = 'levels'`` is built once and gets all
+    levels as tuples.
+
+    Args:
+        teacher: Name of the teacher.
+        loss: Config of the loss.
+        tap: Submodule whose output is compared: ``'neck'``, ``'backbone'``,
+            ``'bbox_head'``, or any path below; of several, their maps one
+            after the other.
+        levels: Which maps of that output, 0 is the finest; all if None.
+        output: Which of a head's outputs, for instance 0 for class scores.
+        align: Config of the neck that makes the student's maps comparable;
+            none if None. It is built with ``num_levels``.
+        teacher_tap, teacher_levels, teacher_output: The same for the
+            teacher; as the student's if None.
+        teacher_align: The same for the teacher's maps. It gets no gradient
+            through them, but its own weights learn.
+        schedule: Factor over the training; constant 1 if None.
+
+    Raises:
+        ValueError: If taps, levels, channels or sizes do not fit, while the
+            model is built.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        loss: Mapping,
+        tap: str | Sequence[str] = 'neck',
+        levels: Sequence[int] | None = None,
+        output: int | None = None,
+        align: Mapping | None = None,
+        teacher_tap: str | Sequence[str] | None = None,
+        teacher_levels: Sequence[int] | None = None,
+        teacher_output: int | None = None,
+        teacher_align: Mapping | None = None,
+        schedule: Mapping | None = None,
+    ) -> None:
+        super().__init__(schedule)
+        self.teacher = teacher
+        self.taps = _paths(tap)
+        self.teacher_taps = (
+            self.taps if teacher_tap is None else _paths(teacher_tap)
+        )
+        self.levels = _indices('levels', levels)
+        self.teacher_levels = (
+            self.levels
+            if teacher_levels is None
+            else _indices('teacher_levels', teacher_levels)
+        )
+        self.output = output
+        self.teacher_output = (
+            output if teacher_output is None else teacher_output
+        )
+        count = None if self.levels is None else len(self.levels)
+        self.align = _build_align(align, 'align', count)
+        self.teacher_align = _build_align(
+            teacher_align, 'teacher_align', count
+        )
+        self.losses = _build_losses(loss, self.levels)
+        if not self.joint:
+            _check_pairing(self.levels, self.teacher_levels)
+
+    @property
+    def joint(self) -> bool:
+        """Whether the loss sees all levels at once."""
+        return getattr(self.losses[0], 'scope', 'level') == 'levels'
+
+    def bind(
+        self, student: nn.Module, teachers: Mapping[str, Teacher]
+    ) -> None:
+        check_name('The distiller', 'teacher', self.teacher, teachers)
+        for path in self.taps:
+            self.tap(student, path)
+        for path in self.teacher_taps:
+            teachers[self.teacher].tap(path)
+        self.teacher_names = [self.teacher]
+
+    def compares_classes(self) -> bool:
+        return any('head' in path for path in self.taps) and any(
+            'head' in path for path in self.teacher_taps
+        )
+
+    def forward(self, step: Step) -> Tensor | dict[str, Tensor]:
+        student, teacher = self.maps(step)
+        if self.align is not None:
+            student = self.align(student, teacher)
+        if self.teacher_align is not None:
+            teacher = self.teacher_align(teacher, student)
+        if self.joint:
+            return self.losses[0](student, teacher, step.gt)
+        return _sum(
+            self._level_loss(level)(one, other, step.gt)
+            for level, (one, other) in enumerate(zip(student, teacher))
+        )
+
+    def maps(
+        self, step: Step
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The maps of both sides, paired, before any alignment.
+
+        Raises:
+            ValueError: If one side has more of them and the loss pairs them
+                level by level.
+        """
+        student = _pick(step.student, self.taps, self.output, self.levels)
+        shown = step.teacher(self.teacher)
+        teacher = _pick(
+            shown, self.teacher_taps, self.teacher_output, self.teacher_levels
+        )
+        if len(student) != len(teacher) and not self.joint:
+            raise ValueError(
+                f'The student has {len(student)} maps at '
+                f'{_list(self.taps)}, teacher {self.teacher!r} has '
+                f'{len(teacher)} at {_list(self.teacher_taps)}. Pair levels '
+                f'of one stride with levels= and teacher_levels=.'
+            )
+        teacher = tuple(one.detach() for one in teacher)
+        return student, _crop(teacher, shown.size, step.images.shape[-2:])
+
+    def _level_loss(self, level: int) -> Callable:
+        return self.losses[min(level, len(self.losses) - 1)]
+
+
+def _paths(tap: str | Sequence[str]) -> tuple[str, ...]:
+    return (tap,) if isinstance(tap, str) else tuple(tap)
+
+
+def _list(paths: Sequence[str]) -> str:
+    return ', '.join(repr(path) for path in paths)
+
+
+def _pick(
+    outputs: Outputs,
+    paths: Sequence[str],
+    output: int | None,
+    levels: tuple[int, ...] | None,
+) -> tuple[Tensor, ...]:
+    maps = tuple(
+        one
+        for path in paths
+        for one in maps_of(outputs.at(path), f'The tap {path!r}', output)
+    )
+    if levels is None:
+        return maps
+    beyond = [level for level in levels if not level < len(maps)]
+    if beyond:
+        raise ValueError(
+            f'{_list(paths)} returns {len(maps)} maps, levels 0 to '
+            f'{len(maps) - 1}; levels={levels} asks for {beyond[0]}.'
+        )
+    return tuple(maps[level] for level in levels)
+
+
+def _indices(
+    name: str, levels: Sequence[int] | None
+) -> tuple[int, ...] | None:
+    if levels is None:
+        return None
+    levels = (levels,) if isinstance(levels, int) else tuple(levels)
+    if not levels or any(level < 0 for level in levels):
+        raise ValueError(
+            f'{name} are positions in the pyramid, 0 is the finest; got '
+            f'{levels}.'
+        )
+    return levels
+
+
+def _check_pairing(
+    levels: tuple[int, ...] | None, teacher_levels: tuple[int, ...] | None
+) -> None:
+    if teacher_levels is None or levels is None:
+        return
+    if len(levels) != len(teacher_levels):
+        raise ValueError(
+            f'levels={levels} and teacher_levels={teacher_levels} must pair '
+            f'one to one; got {len(levels)} and {len(teacher_levels)}.'
+        )
+
+
+def _crop(
+    maps: tuple[Tensor, ...],
+    shown: tuple[int, int] | None,
+    size: Sequence[int],
+) -> tuple[Tensor, ...]:
+    """Drop the cells over a border that only the teacher was shown.
+
+    Example:
+        >>> import torch
+        >>> _crop((torch.zeros(1, 1, 4, 4),), (64, 64), (64, 48))[0].shape
+        torch.Size([1, 1, 4, 3])
+    """
+    if shown is None or tuple(shown) == tuple(size):
+        return maps
+    return tuple(
+        one[
+            ...,
+            : math.ceil(one.shape[-2] * size[0] / shown[0]),
+            : math.ceil(one.shape[-1] * size[1] / shown[1]),
+        ]
+        for one in maps
+    )
+
+
+def _build_align(
+    config: Mapping | None, role: str, count: int | None
+) -> nn.Module | None:
+    if config is None:
+        return None
+    return build(config, role, num_levels=count)
+
+
+def _build_losses(
+    config: Mapping, levels: tuple[int, ...] | None
+) -> nn.ModuleList:
+    first = build(config, 'loss')
+    if getattr(first, 'scope', 'level') == 'levels':
+        return nn.ModuleList([first])
+    if levels is None:
+        if any(True for _ in first.parameters()) or _knows_level(first):
+            raise ValueError(
+                f'{type(first).__name__} differs from level to level, so the '
+                f'term must know how many there are: add for instance '
+                f'levels=(0, 1, 2, 3, 4) to it.'
+            )
+        return nn.ModuleList([first])
+    if not _knows_level(first):
+        return nn.ModuleList(
+            [first, *(build(config, 'loss') for _ in levels[1:])]
+        )
+    return nn.ModuleList(
+        [build(config, 'loss', level_index=level) for level in levels]
+    )
+
+
+def _knows_level(loss: nn.Module) -> bool:
+    return 'level_index' in inspect.signature(type(loss)).parameters
+
+
+def _sum(
+    losses: Sequence[Tensor | dict[str, Tensor]],
+) -> Tensor | dict[str, Tensor]:
+    total: Tensor | dict[str, Tensor] | None = None
+    for loss in losses:
+        if total is None:
+            total = loss
+        elif isinstance(loss, dict):
+            total = {part: total[part] + loss[part] for part in loss}
+        else:
+            total = total + loss
+    return total

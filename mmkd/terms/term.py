@@ -1,0 +1,85 @@
+"""A summand of the objective."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from mmkd.build import build
+from mmkd.registry import SCHEDULES
+from mmkd.schedules import Constant
+from mmkd.structures import Step
+from mmkd.taps import resolve
+
+if TYPE_CHECKING:
+    from mmkd.teachers import Teacher
+
+
+class Term(nn.Module, ABC):
+    """What every summand shares: taps, a schedule, and a share of the loss.
+
+    A subclass says in :meth:`bind` which outputs it needs and computes its
+    share in :meth:`forward`. It holds no reference to student or teachers:
+    they come with each :class:`Step`.
+
+    Args:
+        schedule: Factor over the training, of ``mmkd.schedules``; constant 1
+            if None.
+    """
+
+    def __init__(self, schedule: Mapping | None = None) -> None:
+        super().__init__()
+        self.schedule = (
+            build(schedule, 'schedule', SCHEDULES) if schedule else Constant()
+        )
+        self.name = type(self).__name__
+        self.student_paths: list[str] = []
+        self.teacher_names: list[str] = []
+
+    @abstractmethod
+    def bind(
+        self, student: nn.Module, teachers: Mapping[str, Teacher]
+    ) -> None:
+        """Note the outputs the term needs, by :meth:`tap` and
+        ``teacher.tap``.
+
+        Raises:
+            ValueError: If a name is unknown.
+        """
+
+    @abstractmethod
+    def forward(self, step: Step) -> Tensor | dict[str, Tensor]:
+        """The term's share of the loss, without its schedule.
+
+        Returns:
+            A scalar, or parts by name. A part whose name starts with
+            ``watch_`` is logged and not summed.
+        """
+
+    def tap(self, student: nn.Module, path: str) -> None:
+        """Note an output of the student that the term needs."""
+        resolve(student, path)
+        if path not in self.student_paths:
+            self.student_paths.append(path)
+
+    def compares_classes(self) -> bool:
+        """Whether classes of student and teacher must mean the same."""
+        return False
+
+    def checkable(self, step: Step) -> bool:
+        """Whether a dry forward pass recorded all that the term needs."""
+        return all(step.student.has(path) for path in self.student_paths)
+
+    def touch(self) -> Tensor | float:
+        """Zero that depends on every parameter of the term.
+
+        A term that is idle in a step returns it, so that DDP finds a gradient
+        for each parameter.
+        """
+        zeros = [
+            0.0 * one.sum() for one in self.parameters() if one.requires_grad
+        ]
+        return sum(zeros, 0.0)
