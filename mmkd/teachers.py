@@ -140,7 +140,6 @@ class Teacher:
             del state[key]
         self._load_strictly(state)
         self.classes = classes_of(checkpoint)
-        self.detector.eval().requires_grad_(False)
         self.loaded = True
         print_log(
             f'Teacher {self.name!r}: all {len(state)} tensors of '
@@ -297,9 +296,6 @@ def _copy(
 
 class Teachers(dict):
     """Teachers by name, out of sight of everything that walks modules."""
-
-    def __deepcopy__(self, memo: dict) -> Teachers:
-        return self
 
     def load(self) -> None:
         for teacher in self.values():

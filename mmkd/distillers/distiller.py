@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from mmdet.structures import DetDataSample, SampleList
-from mmengine.dist import get_rank
+from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from mmengine.structures import InstanceData
@@ -27,6 +27,7 @@ from mmkd.structures import Step
 from mmkd.structures.step import Shower
 from mmkd.taps import Record, recording
 from mmkd.teachers import Teacher, Teachers, run_detector
+from mmkd.terms.term import Term
 
 #: Side of the random image on which pairs are checked while the model is
 #: built, pixels: one cell at stride 128.
@@ -113,8 +114,7 @@ class Distilling:
         self._checked_classes = False
         self.register_state_dict_pre_hook(_refuse_broken_weights)
         with preserved():
-            # Not a submodule: see mmkd.teachers.
-            self.__dict__['teachers'] = Teachers(
+            self.teachers = Teachers(
                 {
                     name: Teacher(**config, name=name)
                     for name, config in teachers.items()
@@ -147,10 +147,11 @@ class Distilling:
         self.teachers.load()
         self._check_classes()
         iteration, progress = position()
-        factors = {
-            name: term.schedule(progress) for name, term in self.terms.items()
+        active = {
+            name: factor
+            for name, term in self.terms.items()
+            if not term.silent() and (factor := term.schedule(progress))
         }
-        active = {name: factor for name, factor in factors.items() if factor}
         with recording(self, self._student_paths(active)) as record:
             losses = super().loss(batch_inputs, batch_data_samples)
         step = self._step(
@@ -162,7 +163,7 @@ class Distilling:
                 if name in active:
                     share = _scale(term(step), active[name])
                 else:
-                    share = batch_inputs.new_zeros(()) + term.touch()
+                    share = batch_inputs.new_zeros(()) + _idle(term)
                 losses.update(flatten(name, share))
         self._guard.watch(losses, iteration)
         return losses
@@ -281,6 +282,12 @@ def flatten(
         else f'loss_kd_{term}_{part}': value
         for part, value in share.items()
     }
+
+
+def _idle(term: Term) -> Tensor | float:
+    # Alone, its weights get no gradient at all, so that not even the norm
+    # that gradients are clipped by is rounded otherwise.
+    return term.touch() if get_world_size() > 1 else 0.0
 
 
 def _scale(

@@ -105,6 +105,11 @@ class FeatureTerm(Term):
             teachers[self.teacher].tap(path)
         self.teacher_names = [self.teacher]
 
+    def silent(self) -> bool:
+        return all(
+            getattr(loss, 'loss_weight', None) == 0 for loss in self.losses
+        )
+
     def compares_classes(self) -> bool:
         return any('head' in path for path in self.taps) and any(
             'head' in path for path in self.teacher_taps

@@ -65,6 +65,10 @@ class Term(nn.Module, ABC):
         if path not in self.student_paths:
             self.student_paths.append(path)
 
+    def silent(self) -> bool:
+        """Whether its weight is 0, so that it need not run at all."""
+        return False
+
     def compares_classes(self) -> bool:
         """Whether classes of student and teacher must mean the same."""
         return False

@@ -274,15 +274,29 @@ def test_weight_zero_equals_plain_training_bit_for_bit(teachers, terms, clip):
     settings = tiny.retinanet()
     settings.backbone.plugins = None
     plain = tiny.build(settings)
+    plain.init_weights()  # draws from where building left the stream
     student = tiny.build(tiny.distilled(settings, teachers, terms))
-    for one in (plain, student):
-        torch.manual_seed(1)
-        one.init_weights()
+    student.init_weights()
     train(plain, clip=clip)
     train(student, clip=clip)
     trained = digest(student)
     own = digest(plain)
     assert_identical(own, {key: trained[key] for key in own})
+
+
+def test_checking_the_pair_leaves_the_terms_as_built(teachers, terms):
+    terms['pkd']['align'] = dict(
+        type='mmkd.ConvAdapt', in_channels=16, out_channels=16, norm=True
+    )
+    student = tiny.build(tiny.distilled(tiny.retinanet(), teachers, terms))
+    means = [
+        value
+        for key, value in student.state_dict().items()
+        if key.endswith('running_mean')
+    ]
+    assert means
+    assert all((one == 0).all() for one in means)
+    assert student.terms.training
 
 
 def test_terms_that_draw_random_numbers_leave_the_stream_alone(

@@ -1,0 +1,105 @@
+"""What a detector costs to deploy: parameters, arithmetic, time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.analysis import get_model_complexity_info
+from torch import Tensor, nn
+
+from mmkd.teachers import TERM_PREFIX
+
+
+def parameters(detector: nn.Module) -> int:
+    """Number of weights that are deployed; those of terms are not."""
+    return sum(
+        one.numel()
+        for name, one in detector.named_parameters()
+        if not name.startswith(TERM_PREFIX)
+    )
+
+
+def gflops(detector: nn.Module, size: tuple[int, int]) -> float:
+    """Billions of multiply-accumulates of one forward pass.
+
+    Counted by mmengine's ``get_model_complexity_info``, which calls one
+    multiply-accumulate one FLOP, as MMDetection's tables do. Post-processing
+    is not counted.
+
+    Args:
+        detector: Any detector, on the CPU.
+        size: Height and width of the image, pixels.
+    """
+    detector.eval()
+    sample = _sample(size)
+    image = torch.zeros(1, 3, *size)
+    counted = get_model_complexity_info(
+        _Forward(detector, sample),
+        inputs=(image,),
+        show_table=False,
+        show_arch=False,
+    )
+    return counted['flops'] / 1e9
+
+
+def latency(
+    detectors: Mapping[str, nn.Module],
+    size: tuple[int, int],
+    rounds: int = 15,
+) -> dict[str, float]:
+    """Milliseconds to detect in one image, post-processing included.
+
+    The detectors take turns (A B A B …), so that a machine that slows down
+    slows all of them; the median over the rounds is returned. One warm-up
+    round is not counted.
+
+    Args:
+        detectors: Detectors by name, on one device.
+        size: Height and width of the image, pixels.
+        rounds: Images for each.
+    """
+    times: dict[str, list[float]] = {name: [] for name in detectors}
+    device = next(next(iter(detectors.values())).parameters()).device
+    image = torch.rand(1, 3, *size, device=device)
+    for turn in range(rounds + 1):
+        for name, detector in detectors.items():
+            seconds = _timed(detector.eval(), image, _sample(size))
+            if turn:
+                times[name].append(1000 * seconds)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+@torch.no_grad()
+def _timed(detector: nn.Module, image: Tensor, sample: DetDataSample) -> float:
+    begin = time.perf_counter()
+    detector.predict(image, [sample])
+    if image.is_cuda:
+        torch.cuda.synchronize(image.device)
+    return time.perf_counter() - begin
+
+
+def _sample(size: tuple[int, int]) -> DetDataSample:
+    return DetDataSample(
+        metainfo=dict(
+            img_shape=size,
+            ori_shape=size,
+            pad_shape=size,
+            batch_input_shape=size,
+            scale_factor=(1.0, 1.0),
+        )
+    )
+
+
+class _Forward(nn.Module):
+    """The detector without post-processing, as the counter calls it."""
+
+    def __init__(self, detector: nn.Module, sample: DetDataSample) -> None:
+        super().__init__()
+        self.detector, self.sample = detector, sample
+
+    def forward(self, image: Tensor) -> tuple:
+        return self.detector._forward(image, [self.sample])

@@ -1,0 +1,515 @@
+"""The console command ``mmkd``, and what ``tools/*.py`` run.
+
+::
+
+    mmkd train CONFIG [--work-dir DIR] [--resume [FILE]] [--amp] …
+    mmkd test CONFIG CHECKPOINT [--out FILE] [--show-dir DIR] [--tta] …
+
+The arguments are those of mmdet's own ``tools/train.py`` and
+``tools/test.py``. A config is a path, ``mmdet::folder/file.py`` or
+``mmkd::folder/file.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict, DictAction
+
+from mmkd.checks import suggest
+from mmkd.configs import read_config
+
+#: Exit status of a process that a signal ended: this plus its number.
+SIGNALLED = 128
+#: Keys that a config may get on the command line though its file has none.
+_RUNNER_KEYS = (
+    'activation_checkpointing',
+    'auto_scale_lr',
+    'compile',
+    'custom_hooks',
+    'custom_imports',
+    'default_hooks',
+    'default_scope',
+    'efficient_conv_bn_eval',
+    'env_cfg',
+    'experiment_name',
+    'find_unused_parameters',
+    'launcher',
+    'load_from',
+    'log_level',
+    'log_processor',
+    'model_wrapper_cfg',
+    'optim_wrapper',
+    'param_scheduler',
+    'randomness',
+    'resume',
+    'runner_type',
+    'sync_bn',
+    'test_cfg',
+    'test_dataloader',
+    'test_evaluator',
+    'train_cfg',
+    'train_dataloader',
+    'tta_model',
+    'tta_pipeline',
+    'val_cfg',
+    'val_dataloader',
+    'val_evaluator',
+    'visualizer',
+    'work_dir',
+)
+
+
+def main(
+    arguments: Sequence[str] | None = None, program: str = 'mmkd'
+) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Verb and its arguments; those of the process if None.
+        program: What the user typed before them, to say how to go on.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault('LOCAL_RANK', str(options.local_rank))
+    options.command = shlex.join([*shlex.split(program), *arguments])
+    return options.run(options)
+
+
+def train_tool() -> int:
+    """What ``tools/train.py`` runs."""
+    return _tool('train')
+
+
+def test_tool() -> int:
+    """What ``tools/test.py`` runs."""
+    return _tool('test')
+
+
+def _tool(verb: str) -> int:
+    options = _parser().parse_args([verb, *sys.argv[1:]])
+    os.environ.setdefault('LOCAL_RANK', str(options.local_rank))
+    options.command = shlex.join(['python', *sys.argv])
+    return options.run(options)
+
+
+# ------------------------------------------------------------------ arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='mmkd', description='Knowledge distillation for MMDetection'
+    )
+    verbs = parser.add_subparsers(metavar='VERB', required=True)
+    _add_train(verbs)
+    _add_test(verbs)
+    return parser
+
+
+def _add_verb(
+    verbs: Any, name: str, run: Callable, text: str
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        'config', help="path, 'mmdet::folder/file.py' or 'mmkd::…'"
+    )
+    return parser
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings to replace, by dotted name; lists as key="[a,b]" or '
+        'key=a,b, without blanks',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes of a distributed run',
+    )
+    parser.add_argument(
+        '--no-data-check',
+        action='store_true',
+        help='do not look into annotations and pictures first',
+    )
+    # torchrun and the older launcher spell it differently.
+    parser.add_argument(
+        '--local_rank',
+        '--local-rank',
+        type=int,
+        default=0,
+        help=argparse.SUPPRESS,
+    )
+
+
+def _add_train(verbs: Any) -> None:
+    parser = _add_verb(verbs, 'train', _train, 'Train a detector')
+    parser.add_argument(
+        '--work-dir',
+        help='folder for logs and checkpoints; work_dirs/CONFIG by default',
+    )
+    parser.add_argument(
+        '--amp', action='store_true', help='train in mixed precision'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate with the batch size',
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from a checkpoint; without a name from the latest in the '
+        'work directory',
+    )
+    _add_shared(parser)
+
+
+def _add_test(verbs: Any) -> None:
+    parser = _add_verb(verbs, 'test', _test, 'Evaluate a checkpoint')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--work-dir', help='folder for the log with the metrics'
+    )
+    parser.add_argument(
+        '--out', metavar='FILE.pkl', help='file to write the predictions to'
+    )
+    parser.add_argument(
+        '--show', action='store_true', help='show detections in a window'
+    )
+    parser.add_argument(
+        '--show-dir',
+        help='folder, inside of the log folder, for pictures of detections',
+    )
+    parser.add_argument(
+        '--wait-time',
+        type=float,
+        default=2,
+        help='seconds each picture is shown',
+    )
+    parser.add_argument(
+        '--tta', action='store_true', help='average over flipped images'
+    )
+    _add_shared(parser)
+
+
+# ---------------------------------------------------------------------- verbs
+
+
+def _train(options: argparse.Namespace) -> int:
+    from mmkd.engine.interrupt import Interrupted
+    from mmkd.engine.preflight import check_training
+
+    try:
+        config = training_config(
+            options.config,
+            work_dir=options.work_dir,
+            amp=options.amp,
+            auto_scale_lr=options.auto_scale_lr,
+            resume=options.resume,
+            cfg_options=options.cfg_options,
+            launcher=options.launcher,
+        )
+        report = check_training(config, data=_looks_at_data(options))
+    except (FileNotFoundError, ValueError) as error:
+        return _refuse(options, error)
+    trainer = _build(config)
+    for warning in report.warnings:
+        trainer.logger.warning(warning)
+    try:
+        _check_classes(trainer, config, report)
+        trainer.train()
+    except Interrupted as stopped:
+        return _say_how_to_go_on(options, stopped)
+    return 0
+
+
+def _test(options: argparse.Namespace) -> int:
+    from mmkd.engine.preflight import check_testing
+
+    try:
+        config = testing_config(
+            options.config,
+            options.checkpoint,
+            work_dir=options.work_dir,
+            show=options.show,
+            show_dir=options.show_dir,
+            wait_time=options.wait_time,
+            tta=options.tta,
+            cfg_options=options.cfg_options,
+            launcher=options.launcher,
+        )
+        if options.out and not options.out.endswith(('.pkl', '.pickle')):
+            raise ValueError(
+                f'--out expected a .pkl file, got {options.out!r}.'
+            )
+        report = check_testing(config, data=_looks_at_data(options))
+    except (FileNotFoundError, ValueError) as error:
+        return _refuse(options, error)
+    trainer = _build(config)
+    for warning in report.warnings:
+        trainer.logger.warning(warning)
+    if options.out:
+        from mmdet.evaluation import DumpDetResults
+
+        trainer.test_evaluator.metrics.append(
+            DumpDetResults(out_file_path=options.out)
+        )
+    trainer.test()
+    return 0
+
+
+def _build(config: Config) -> Any:
+    """The trainer, or the runner a config asks for."""
+    from mmdet.utils import setup_cache_size_limit_of_dynamo
+
+    setup_cache_size_limit_of_dynamo()
+    if 'runner_type' in config:
+        from mmengine.registry import RUNNERS
+
+        return RUNNERS.build(config)
+    from mmkd.engine.trainer import Trainer
+
+    return Trainer.from_cfg(config)
+
+
+def _check_classes(trainer: Any, config: Config, report: Any) -> None:
+    from mmkd.engine.preflight import check_classes
+    from mmkd.engine.resume import plain_model
+
+    inside = isinstance(config.model.get('student'), dict)
+    prefix = 'model.student' if inside else 'model'
+    with getattr(trainer, 'undone_on_failure', nullcontext)():
+        check_classes(plain_model(trainer), report.classes, prefix)
+
+
+def _looks_at_data(options: argparse.Namespace) -> bool:
+    """Once for all processes of a distributed run."""
+    rank = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
+    return not options.no_data_check and (
+        options.launcher == 'none' or rank == '0'
+    )
+
+
+def _refuse(options: argparse.Namespace, error: Exception) -> int:
+    print(f'{options.command}\n{error}', file=sys.stderr)
+    return 1
+
+
+def _say_how_to_go_on(options: argparse.Namespace, stopped: Any) -> int:
+    words = shlex.split(options.command)
+    if options.resume is not None:
+        at = words.index('--resume') if '--resume' in words else None
+        if at is not None:
+            named = 2 if options.resume != 'auto' else 1
+            del words[at : at + named]
+        words = [one for one in words if not one.startswith('--resume=')]
+    print(
+        f'\n{stopped}\nGo on with:\n  {shlex.join(words)} --resume',
+        file=sys.stderr,
+    )
+    return SIGNALLED + stopped.number
+
+
+# -------------------------------------------------------------------- configs
+
+
+def training_config(
+    config: str | Path | Config,
+    work_dir: str | None = None,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    resume: str | bool | None = None,
+    cfg_options: dict | None = None,
+    launcher: str = 'none',
+) -> Config:
+    """A config as the command line changes it.
+
+    Args:
+        config: Path, ``'mmdet::…'``, ``'mmkd::…'`` or a config already read.
+        work_dir: Folder for logs and checkpoints.
+        amp: Train in mixed precision.
+        auto_scale_lr: Scale the learning rate with the batch size.
+        resume: A checkpoint, or ``'auto'`` or True for the latest.
+        cfg_options: Settings to replace, by dotted name.
+        launcher: What started the processes of a distributed run.
+
+    Raises:
+        FileNotFoundError: If there is no such config.
+        ValueError: If an option does not fit it.
+    """
+    cfg = _config(config, 'mmkd train', cfg_options, work_dir, launcher)
+    if amp:
+        _set_mixed_precision(cfg)
+    if auto_scale_lr:
+        scaling = cfg.get('auto_scale_lr') or {}
+        if not {'enable', 'base_batch_size'} <= set(scaling):
+            raise ValueError(
+                '--auto-scale-lr needs auto_scale_lr=dict(enable=False, '
+                'base_batch_size=16) in the config, with the batch size its '
+                f'learning rate is for; got {dict(scaling) or "none"}.'
+            )
+        cfg.auto_scale_lr.enable = True
+    if resume in ('auto', True):
+        cfg.resume, cfg.load_from = True, None
+    elif resume:
+        cfg.resume, cfg.load_from = True, str(resume)
+    return cfg
+
+
+def testing_config(
+    config: str | Path | Config,
+    checkpoint: str | Path,
+    work_dir: str | None = None,
+    show: bool = False,
+    show_dir: str | None = None,
+    wait_time: float = 2,
+    tta: bool = False,
+    cfg_options: dict | None = None,
+    launcher: str = 'none',
+) -> Config:
+    """A config as the command line changes it.
+
+    Args:
+        config: A distillation config or the plain student's.
+        checkpoint: The student's weights.
+        work_dir: Folder for the log.
+        show: Show detections in a window.
+        show_dir: Folder for pictures of detections.
+        wait_time: Seconds each picture is shown.
+        tta: Average over flipped images.
+        cfg_options: Settings to replace, by dotted name.
+        launcher: What started the processes of a distributed run.
+
+    Raises:
+        FileNotFoundError: If there is no such config.
+        ValueError: If an option does not fit it.
+    """
+    cfg = _config(config, 'mmkd test', cfg_options, work_dir, launcher)
+    cfg.load_from, cfg.resume = str(checkpoint), False
+    if show or show_dir:
+        from mmdet.engine.hooks.utils import trigger_visualization_hook
+
+        if 'visualization' not in (cfg.get('default_hooks') or {}):
+            raise ValueError(
+                '--show and --show-dir need default_hooks=dict(visualization='
+                "dict(type='DetVisualizationHook')) in the config."
+            )
+        drawing = argparse.Namespace(
+            show=show, show_dir=show_dir, wait_time=wait_time
+        )
+        cfg = trigger_visualization_hook(cfg, drawing)
+    if tta:
+        _set_test_time_augmentation(cfg)
+    return cfg
+
+
+def _config(
+    source: str | Path | Config,
+    who: str,
+    cfg_options: dict | None,
+    work_dir: str | None,
+    launcher: str,
+) -> Config:
+    cfg = read_config(source, who)
+    for key in cfg_options or {}:
+        _refuse_misspelt(key, cfg)
+    if cfg_options:
+        cfg.merge_from_dict(cfg_options)
+    cfg.launcher = launcher
+    if work_dir is not None:
+        cfg.work_dir = work_dir
+    elif cfg.get('work_dir') is None:
+        name = Path(cfg.filename or 'config.py').stem
+        cfg.work_dir = os.path.join('work_dirs', name)
+    return cfg
+
+
+def _refuse_misspelt(key: str, cfg: Config) -> None:
+    """MMEngine would add a new setting that nothing reads."""
+    first = key.split('.')[0]
+    known = sorted({*cfg, *_RUNNER_KEYS})
+    if first in known:
+        return
+    hint = suggest(first, known)
+    if hint.startswith('Did you mean'):
+        raise ValueError(
+            f'--cfg-options {key}=…: the config has no {first!r}. {hint}'
+        )
+
+
+def _set_mixed_precision(cfg: Config) -> None:
+    wrapper = cfg.get('optim_wrapper')
+    if wrapper is None:
+        raise ValueError('--amp needs an optim_wrapper in the config.')
+    kind = wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise ValueError(
+            f'--amp replaces an OptimWrapper, the config has {kind!r}. Set '
+            f'its precision in the config.'
+        )
+    wrapper.type = 'AmpOptimWrapper'
+    wrapper.loss_scale = 'dynamic'
+
+
+def _set_test_time_augmentation(cfg: Config) -> None:
+    if 'tta_model' not in cfg:
+        cfg.tta_model = ConfigDict(
+            type='DetTTAModel',
+            tta_cfg=dict(
+                nms=dict(type='nms', iou_threshold=0.5), max_per_img=100
+            ),
+        )
+    if 'tta_pipeline' not in cfg:
+        cfg.tta_pipeline = _flipping(cfg.test_dataloader.dataset)
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset = cfg.test_dataloader.dataset
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def _flipping(dataset: ConfigDict) -> list:
+    """The test pipeline, with and without a flip before it is packed."""
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    pipeline = copy.deepcopy(dataset.pipeline)
+    packing = dict(
+        type='PackDetInputs',
+        meta_keys=(
+            'img_id',
+            'img_path',
+            'ori_shape',
+            'img_shape',
+            'scale_factor',
+            'flip',
+            'flip_direction',
+        ),
+    )
+    pipeline[-1] = dict(
+        type='TestTimeAug',
+        transforms=[
+            [
+                dict(type='RandomFlip', prob=1.0),
+                dict(type='RandomFlip', prob=0.0),
+            ],
+            [packing],
+        ],
+    )
+    return pipeline

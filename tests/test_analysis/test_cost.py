@@ -1,0 +1,37 @@
+import pytest
+import tiny
+import torch
+
+from mmkd.analysis.cost import gflops, latency, parameters
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, padding=1)
+
+    def _forward(self, image, samples):
+        return (self.conv(image),)
+
+
+def test_arithmetic_of_one_convolution_is_its_formula():
+    # 9 taps × 3 input × 4 output channels at each of 10 × 20 cells
+    assert gflops(Layer(), (10, 20)) == pytest.approx(
+        9 * 3 * 4 * 10 * 20 / 1e9
+    )
+
+
+def test_weights_of_terms_are_not_deployed(teachers, terms):
+    terms['pkd']['align'] = dict(
+        type='mmkd.ConvAdapt', in_channels=16, out_channels=16
+    )
+    plain = tiny.build(tiny.retinanet())
+    student = tiny.build(tiny.distilled(tiny.retinanet(), teachers, terms))
+    assert parameters(student) == parameters(plain)
+    assert parameters(plain) == sum(one.numel() for one in plain.parameters())
+
+
+def test_the_wider_detector_takes_longer():
+    narrow, wide = (tiny.build(tiny.retinanet(base=base)) for base in (8, 48))
+    taken = latency(dict(narrow=narrow, wide=wide), (128, 128), rounds=3)
+    assert 0 < taken['narrow'] < taken['wide']
