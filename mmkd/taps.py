@@ -144,7 +144,7 @@ def recording(
         stop: Leave the block as soon as the parts of the detector that hold
             the taps have returned: what comes after them is never run.
     """
-    paths = list(paths)
+    paths = list(dict.fromkeys(paths))
     record = Record(detector, paths)
     with ExitStack() as stack:
         for path in paths:

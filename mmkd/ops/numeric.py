@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def as_float(feature: Tensor) -> Tensor:
     return feature.to(torch.promote_types(feature.dtype, torch.float32))
 
 
-def full_precision(feature: Tensor) -> torch.autocast:
+def full_precision(feature: Tensor) -> AbstractContextManager:
     """Context in which matrix products are not cast to half precision.
 
     Example:
@@ -30,7 +32,10 @@ def full_precision(feature: Tensor) -> torch.autocast:
         ...     (x @ x).dtype
         torch.float32
     """
-    return torch.autocast(feature.device.type, enabled=False)
+    device = feature.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def zero_of(feature: Tensor) -> Tensor:
@@ -57,3 +62,24 @@ def standardise(feature: Tensor, eps: float) -> Tensor:
         feature, dim=(0, 2, 3), correction=0, keepdim=True
     )
     return (feature - mean) / (std + eps)
+
+
+def unit(vectors: Tensor, dim: int, eps: float = 1e-6) -> Tensor:
+    """Vectors divided by their length; zero where they have no direction.
+
+    Unlike :func:`torch.nn.functional.normalize`, whose derivative at zero is
+    1e12, a vector no longer than ``eps`` has no gradient.
+
+    Args:
+        vectors: Any tensor.
+        dim: Dimension along which vectors lie.
+        eps: Length up to which a vector counts as zero.
+
+    Example:
+        >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), dim=1)
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    vectors = as_float(vectors)
+    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
+    return vectors / torch.where(length > eps, length, torch.inf)
