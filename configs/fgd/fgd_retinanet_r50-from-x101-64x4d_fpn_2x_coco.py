@@ -1,0 +1,55 @@
+r"""FGD: RetinaNet R-50 (37.4 AP alone) learns from X-101-64x4d (41.0 AP).
+
+python tools/train.py \
+    configs/fgd/fgd_retinanet_r50-from-x101-64x4d_fpn_2x_coco.py
+
+Published: 40.7 AP, the authors' README.
+Trained by us: no.
+Read: the authors' config of this pair, from which all settings are, and their
+    README (https://github.com/yzd-v/FGD); not the paper.
+Schedule: 24 epochs of 16 images a step (8 GPUs x 2) at learning rate 0.01;
+    with another number of images add --auto-scale-lr.
+Changed besides model: optim_wrapper.clip_grad.
+Teacher's weights: MMDetection's zoo, downloaded at the start; or your file:
+    --cfg-options model.teachers.x101.checkpoint=FILE
+Notes: where an image is smaller than its padded batch, the authors stretch its
+    boxes over the border; here they stay in place, and the border and ignored
+    boxes are neither object nor background.
+"""
+
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_2x_coco.py'
+
+model = dict(
+    type='mmkd.Distiller',
+    student=_base_.model.type,
+    teachers=dict(
+        x101=dict(
+            config='mmdet::retinanet/retinanet_x101-64x4d_fpn_1x_coco.py',
+            checkpoint=(
+                'https://download.openmmlab.com/mmdetection/v2.0/retinanet/'
+                'retinanet_x101_64x4d_fpn_1x_coco/'
+                'retinanet_x101_64x4d_fpn_1x_coco_20200130-366f5af1.pth'
+            ),
+            inherit=True,
+        )
+    ),
+    terms=dict(
+        fgd=dict(
+            type='mmkd.FeatureTerm',
+            teacher='x101',
+            tap='neck',
+            levels=(0, 1, 2, 3, 4),
+            loss=dict(
+                type='mmkd.FGDLoss',
+                channels=256,
+                foreground_weight=1e-3,
+                background_weight=5e-4,
+                attention_weight=5e-4,
+                relation_weight=5e-6,
+                temperature=0.5,
+            ),
+        )
+    ),
+)
+
+optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))
