@@ -68,9 +68,7 @@ _RUNNER_KEYS = (
 )
 
 
-def main(
-    arguments: Sequence[str] | None = None, program: str = 'mmkd'
-) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = 'mmkd') -> int:
     """Run the command line.
 
     Args:
@@ -87,12 +85,12 @@ def main(
     return options.run(options)
 
 
-def train_tool() -> int:
+def run_train() -> int:
     """What ``tools/train.py`` runs."""
     return _tool('train')
 
 
-def test_tool() -> int:
+def run_test() -> int:
     """What ``tools/test.py`` runs."""
     return _tool('test')
 
@@ -246,7 +244,7 @@ def _test(options: argparse.Namespace) -> int:
     from mmkd.engine.preflight import check_testing
 
     try:
-        config = testing_config(
+        config = evaluation_config(
             options.config,
             options.checkpoint,
             work_dir=options.work_dir,
@@ -375,7 +373,7 @@ def training_config(
     return cfg
 
 
-def testing_config(
+def evaluation_config(
     config: str | Path | Config,
     checkpoint: str | Path,
     work_dir: str | None = None,

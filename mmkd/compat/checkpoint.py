@@ -91,7 +91,10 @@ def _harmless() -> list[tuple[Any, str]]:
         (_encode, '_codecs.encode'),
         (np.ndarray, 'numpy.ndarray'),
         (np.dtype, 'numpy.dtype'),
-        *((rebuild_array, f'{core}.multiarray._reconstruct') for core in _CORES),
+        *(
+            (rebuild_array, f'{core}.multiarray._reconstruct')
+            for core in _CORES
+        ),
         *((rebuild_scalar, f'{core}.multiarray.scalar') for core in _CORES),
         *((one, f'numpy.dtypes.{one.__name__}') for one in dtypes),
     ]
@@ -180,7 +183,7 @@ def _read_pickle(path: Path, map_location: Any) -> Any:
             f'weights and asks for {wanted}, which could run any code on this '
             f'machine; nothing of it was run. If you trust whoever wrote it, '
             f'convert it once on a machine without secrets: python -c "import '
-            f"torch; c = torch.load({str(path)!r}, weights_only=False); "
+            f'torch; c = torch.load({str(path)!r}, weights_only=False); '
             f"torch.save(dict(state_dict=c['state_dict']), 'weights.pth')\""
         ) from error
     except (EOFError, RuntimeError, ValueError, KeyError) as error:

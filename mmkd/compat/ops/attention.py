@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernel import kernel, wide
+from .common import wide
 
 
-@kernel
+@torch.no_grad()
 def ms_deform_attn_forward(
     value: Tensor,
     spatial_shapes: Tensor,
@@ -39,7 +39,7 @@ def ms_deform_attn_forward(
     return _attend(spatial_shapes, *tensors).to(value.dtype)
 
 
-@kernel
+@torch.no_grad()
 def ms_deform_attn_backward(
     value: Tensor,
     spatial_shapes: Tensor,

@@ -7,12 +7,12 @@ import torch
 import torchvision
 from torch import Tensor
 
-from .kernel import kernel, wide
+from .common import wide
 
 NAIVE, LINEAR, GAUSSIAN = range(3)
 
 
-@kernel
+@torch.no_grad()
 def nms(
     boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int
 ) -> Tensor:
@@ -34,7 +34,7 @@ def nms(
     return torchvision.ops.nms(boxes, scores, iou_threshold)
 
 
-@kernel
+@torch.no_grad()
 def softnms(
     boxes: Tensor,
     scores: Tensor,
@@ -72,25 +72,29 @@ def softnms(
     # One box at a time, each step a handful of operations on a few hundred
     # numbers: NumPy's smaller overhead counts here.
     wide_boxes, wide_scores = wide(boxes.cpu(), scores.cpu())
-    box, score = wide_boxes.numpy(), wide_scores.numpy()
-    index = np.arange(len(box))
+    table, score = _table(wide_boxes, offset), wide_scores.numpy().copy()
+    index = np.arange(len(score))
+    gone = np.zeros(len(score), dtype=bool)
     kept, values = [], []
-    while len(index):
+    left = len(score)
+    while left:
         best = score.argmax()
         kept.append(index[best])
         values.append(score[best])
-        chosen = box[best]
-        rest = np.arange(len(index)) != best
-        box, score, index = box[rest], score[rest], index[rest]
-        iou = _iou(chosen, box, offset)
+        gone[best] = True
+        iou = _iou(table[:, best], table)
         if method == GAUSSIAN:
-            score = score * np.exp(-(iou * iou) / sigma)
+            score *= np.exp(-(iou * iou) / sigma)
         else:
             factor = 1 - iou if method == LINEAR else 0
-            score = np.where(iou >= iou_threshold, score * factor, score)
-        alive = score >= min_score
-        if not alive.all():
-            box, score, index = box[alive], score[alive], index[alive]
+            near = (iou >= iou_threshold) & ~gone
+            np.multiply(score, factor, out=score, where=near)
+        gone |= score < min_score
+        score[gone] = -np.inf
+        left = len(gone) - np.count_nonzero(gone)
+        if left < len(gone) / 2:
+            table, index, score = table[:, ~gone], index[~gone], score[~gone]
+            gone = np.zeros(left, dtype=bool)
     order = torch.as_tensor(np.array(kept, dtype=np.int64))
     count = len(kept)
     dets[:count, :4] = wide_boxes[order].to(dets)
@@ -98,7 +102,7 @@ def softnms(
     return order.to(boxes.device)
 
 
-@kernel
+@torch.no_grad()
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
     """Which boxes each kept box suppresses.
 
@@ -110,19 +114,24 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
         One list a kept box, best first: its index, then those of the boxes it
         suppressed, by falling score.
     """
-    (table,) = wide(dets.cpu())
-    index = table[:, 4].argsort(descending=True, stable=True).numpy()
-    box = table[:, :4].numpy()[index]
+    (rows,) = wide(dets.cpu())
+    index = rows[:, 4].argsort(descending=True, stable=True)
+    table, index = _table(rows[index, :4], offset=0), index.numpy()
+    free = np.ones(len(index), dtype=bool)
     groups = []
-    while len(index):
-        matched = _iou(box[0], box, offset=0) >= iou_threshold
+    for first in range(len(index)):
+        if not free[first]:
+            continue
+        rest = free[first:]
+        matched = _iou(table[:, first], table[:, first:]) >= iou_threshold
+        matched &= rest
         matched[0] = True  # of an empty box with itself there is no overlap
-        groups.append(index[matched].tolist())
-        box, index = box[~matched], index[~matched]
+        rest[matched] = False
+        groups.append(index[first:][matched].tolist())
     return groups
 
 
-@kernel
+@torch.no_grad()
 def bbox_overlaps(
     bboxes1: Tensor,
     bboxes2: Tensor,
@@ -156,11 +165,17 @@ def bbox_overlaps(
     ious.copy_(shared / area.clamp(min=smallest))
 
 
-def _iou(one: np.ndarray, many: np.ndarray, offset: int) -> np.ndarray:
-    """Overlap of one box (4,) with many (N, 4); 0 where both are empty."""
-    low = np.maximum(one[:2], many[:, :2])
-    high = np.minimum(one[2:], many[:, 2:])
-    shared = np.clip(high - low + offset, 0, None).prod(1)
-    area = (many[:, 2:] - many[:, :2] + offset).prod(1)
-    union = (one[2:] - one[:2] + offset).prod() + area - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+def _table(boxes: Tensor, offset: int) -> np.ndarray:
+    """``x1 y1 x2 y2 area`` of boxes (N, 4), as rows (5, N)."""
+    x1, y1, x2, y2 = boxes.numpy().T
+    x2, y2 = x2 + offset, y2 + offset
+    return np.stack((x1, y1, x2, y2, (x2 - x1) * (y2 - y1)))
+
+
+def _iou(one: np.ndarray, many: np.ndarray) -> np.ndarray:
+    """Overlap of one box (5,) with many (5, N); 0 where both are empty."""
+    width = np.minimum(many[2], one[2]) - np.maximum(many[0], one[0])
+    height = np.minimum(many[3], one[3]) - np.maximum(many[1], one[1])
+    shared = np.maximum(width, 0) * np.maximum(height, 0)
+    union = many[4] + one[4] - shared
+    return shared / np.maximum(union, np.finfo(union.dtype).tiny)

@@ -10,14 +10,14 @@ import torchvision  # noqa: F401 - brings torch.ops.torchvision
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .kernel import kernel, wide
+from .common import wide
 
 # Derivatives by the weight that came along with those by the input, by the
 # gradient they came from, until mmcv asks for them.
 _ready = WeakTensorKeyDictionary()
 
 
-@kernel
+@torch.no_grad()
 def deform_conv_forward(
     input: Tensor,
     weight: Tensor,
@@ -63,12 +63,12 @@ def deform_conv_forward(
         Dai et al., "Deformable Convolutional Networks", ICCV 2017,
         arXiv:1703.06211.
     """
-    geometry = (dH, dW, padH, padW, dilationH, dilationW, group)
-    geometry = (*geometry, deformable_group)
+    geometry = (dH, dW, padH, padW, dilationH, dilationW)
+    geometry += (group, deformable_group)
     output.copy_(_convolve(input, weight, offset, None, None, geometry))
 
 
-@kernel
+@torch.no_grad()
 def deform_conv_backward_input(
     input: Tensor,
     offset: Tensor,
@@ -90,8 +90,8 @@ def deform_conv_backward_input(
     im2col_step: int,
 ) -> None:
     """Add the derivatives to ``grad_input`` and ``grad_offset``."""
-    geometry = (dH, dW, padH, padW, dilationH, dilationW, group)
-    geometry = (*geometry, deformable_group)
+    geometry = (dH, dW, padH, padW, dilationH, dilationW)
+    geometry += (group, deformable_group)
     by_input, by_weight, by_offset, _, _ = _derive(
         grad_output, input, weight, offset, None, None, geometry
     )
@@ -102,7 +102,7 @@ def deform_conv_backward_input(
     _ready[grad_output] = (key, (input, offset), geometry, by_weight)
 
 
-@kernel
+@torch.no_grad()
 def deform_conv_backward_parameters(
     input: Tensor,
     offset: Tensor,
@@ -124,8 +124,8 @@ def deform_conv_backward_parameters(
     im2col_step: int,
 ) -> None:
     """Add ``scale`` times the derivative to ``grad_weight``."""
-    geometry = (dH, dW, padH, padW, dilationH, dilationW, group)
-    geometry = (*geometry, deformable_group)
+    geometry = (dH, dW, padH, padW, dilationH, dilationW)
+    geometry += (group, deformable_group)
     key = _version(grad_output, input, offset)
     known = _ready.pop(grad_output, None)
     if known is None or known[0] != key or known[2] != geometry:
@@ -139,7 +139,7 @@ def deform_conv_backward_parameters(
     grad_weight.add_(by_weight, alpha=scale)
 
 
-@kernel
+@torch.no_grad()
 def modulated_deform_conv_forward(
     input: Tensor,
     weight: Tensor,
@@ -189,12 +189,12 @@ def modulated_deform_conv_forward(
         CVPR 2019, arXiv:1811.11168.
     """
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
-    geometry = (*geometry, group, deformable_group)
+    geometry += (group, deformable_group)
     bias = bias if with_bias else None
     output.copy_(_convolve(input, weight, offset, mask, bias, geometry))
 
 
-@kernel
+@torch.no_grad()
 def modulated_deform_conv_backward(
     input: Tensor,
     weight: Tensor,
@@ -223,7 +223,7 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Add the derivatives to the five ``grad_`` buffers of the operands."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
-    geometry = (*geometry, group, deformable_group)
+    geometry += (group, deformable_group)
     by_input, by_weight, by_offset, by_mask, by_bias = _derive(
         grad_output,
         input,
@@ -241,7 +241,7 @@ def modulated_deform_conv_backward(
         grad_bias.add_(by_bias)
 
 
-@kernel
+@torch.no_grad()
 def masked_im2col_forward(
     im: Tensor,
     mask_h_idx: Tensor,
@@ -272,7 +272,7 @@ def masked_im2col_forward(
     col.copy_(windows.reshape(col.shape))
 
 
-@kernel
+@torch.no_grad()
 def masked_col2im_forward(
     col: Tensor,
     mask_h_idx: Tensor,

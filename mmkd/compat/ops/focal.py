@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernel import kernel, wide
+from .common import wide
 
 
-@kernel
+@torch.no_grad()
 def sigmoid_focal_loss_forward(
     input: Tensor,
     target: Tensor,
@@ -44,7 +44,7 @@ def sigmoid_focal_loss_forward(
     output.copy_(loss * _row_weights(target, weights))
 
 
-@kernel
+@torch.no_grad()
 def sigmoid_focal_loss_backward(
     input: Tensor,
     target: Tensor,
@@ -65,7 +65,7 @@ def sigmoid_focal_loss_backward(
     grad_input.copy_(grad * _row_weights(target, weights))
 
 
-@kernel
+@torch.no_grad()
 def softmax_focal_loss_forward(
     input: Tensor,
     target: Tensor,
@@ -91,7 +91,7 @@ def softmax_focal_loss_forward(
     output.copy_(torch.where(target >= 0, loss, 0))
 
 
-@kernel
+@torch.no_grad()
 def softmax_focal_loss_backward(
     input: Tensor,
     target: Tensor,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchvision  # noqa: F401 - brings torch.ops.torchvision
 from torch import Tensor
 
-from .kernel import chunks, corners, kernel, scatter_bilinear, wide
+from .common import chunks, corners, scatter_bilinear, wide
 
 MAXIMUM, AVERAGE = range(2)
 
@@ -22,7 +22,7 @@ MAXIMUM, AVERAGE = range(2)
 NOWHERE = -2.0
 
 
-@kernel
+@torch.no_grad()
 def roi_align_forward(
     input: Tensor,
     rois: Tensor,
@@ -95,7 +95,7 @@ def roi_align_forward(
         argmax_x[rows] = x.to(argmax_x.dtype)
 
 
-@kernel
+@torch.no_grad()
 def roi_align_backward(
     grad_output: Tensor,
     rois: Tensor,
@@ -129,7 +129,7 @@ def roi_align_backward(
         scatter_bilinear(grad_input, grad, plane.expand_as(grad), y, x)
 
 
-@kernel
+@torch.no_grad()
 def roi_pool_forward(
     input: Tensor,
     rois: Tensor,
@@ -167,8 +167,6 @@ def roi_pool_forward(
     left, columns = _bins(start[:, 0], extent[:, 0], pooled_width, width)
     image = regions[:, 0].long() * height * width
     flat = features.transpose(0, 1).reshape(channels, -1)  # C, N * H * W
-    output.zero_()
-    argmax.fill_(-1)
     if not len(regions):
         return
     down, across = int(rows.max()), int(columns.max())
@@ -192,7 +190,7 @@ def roi_pool_forward(
         argmax[part] = index.where(filled, -1).transpose(0, 1).to(argmax)
 
 
-@kernel
+@torch.no_grad()
 def roi_pool_backward(
     grad_output: Tensor,
     rois: Tensor,
@@ -212,7 +210,7 @@ def roi_pool_backward(
     grad_input.add_(total.view(grad_input.shape))
 
 
-@kernel
+@torch.no_grad()
 def deform_roi_pool_forward(
     input: Tensor,
     rois: Tensor,
@@ -253,7 +251,7 @@ def deform_roi_pool_forward(
         output[rows] = pooled.to(output.dtype)
 
 
-@kernel
+@torch.no_grad()
 def deform_roi_pool_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -291,7 +289,7 @@ def deform_roi_pool_backward(
                 grad_offset.add_(by_offset)
 
 
-@kernel
+@torch.no_grad()
 def border_align_forward(
     input: Tensor,
     boxes: Tensor,
@@ -335,7 +333,7 @@ def border_align_forward(
     argmax_idx.copy_(argmax.permute(0, 2, 3, 1))
 
 
-@kernel
+@torch.no_grad()
 def border_align_backward(
     grad_output: Tensor,
     boxes: Tensor,

@@ -9,24 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernel import kernel, wide
+from .common import wide
 
 
-@kernel
+@torch.no_grad()
 def sync_bn_forward_mean(input: Tensor, mean: Tensor) -> None:
     """Mean of each channel."""
     (x,) = wide(input)
     mean.copy_(x.mean((0, 2)))
 
 
-@kernel
+@torch.no_grad()
 def sync_bn_forward_var(input: Tensor, mean: Tensor, var: Tensor) -> None:
     """Mean squared distance of each channel from the given mean."""
     x, mean = wide(input, mean)
     var.copy_((x - _column(mean)).square().mean((0, 2)))
 
 
-@kernel
+@torch.no_grad()
 def sync_bn_forward_output(
     input: Tensor,
     mean: Tensor,
@@ -75,7 +75,7 @@ def sync_bn_forward_output(
         running_var.lerp_(unbiased.to(running_var), momentum)
 
 
-@kernel
+@torch.no_grad()
 def sync_bn_backward_param(
     grad_output: Tensor, norm: Tensor, grad_weight: Tensor, grad_bias: Tensor
 ) -> None:
@@ -85,7 +85,7 @@ def sync_bn_backward_param(
     grad_bias.copy_(grad.sum((0, 2)))
 
 
-@kernel
+@torch.no_grad()
 def sync_bn_backward_data(
     grad_output: Tensor,
     weight: Tensor,

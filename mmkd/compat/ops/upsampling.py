@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernel import kernel, wide
+from .common import wide
 
 
-@kernel
+@torch.no_grad()
 def carafe_naive_forward(
     features: Tensor,
     masks: Tensor,
@@ -43,7 +43,7 @@ def carafe_naive_forward(
     output.copy_(result.reshape(output.shape))
 
 
-@kernel
+@torch.no_grad()
 def carafe_naive_backward(
     grad_output: Tensor,
     features: Tensor,
@@ -73,7 +73,7 @@ def carafe_naive_backward(
     grad_masks.add_(torch.stack(by_tap, 2).reshape(grad_masks.shape))
 
 
-@kernel
+@torch.no_grad()
 def carafe_forward(
     features: Tensor,
     masks: Tensor,
@@ -96,7 +96,7 @@ def carafe_forward(
     )
 
 
-@kernel
+@torch.no_grad()
 def carafe_backward(
     grad_output: Tensor,
     rfeatures: Tensor,

@@ -1,32 +1,14 @@
-"""What the operators share: kernel conditions and bilinear sampling."""
+"""What the operators share: types, chunks, and bilinear sampling."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 # Elements of the largest temporary tensor of an operator that works in chunks.
 BUDGET = 2**23
-
-
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run an operator without autograd and autocast, as a compiled one does.
-
-    mmcv's autograd functions call operators from inside an autocast region,
-    where matrix products would be rounded to half precision.
-    """
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        device = args[0].device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
 
 
 def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -61,7 +43,7 @@ def corners(
         Index into the flattened map and weight, both of the points' shape.
     """
     inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
-    # NaN is inside of nothing and must not become an index.
+    # The others, and NaN, move to the first pixel, which gets no weight then.
     y = torch.where(inside, y, 0).clamp(0, height - 1)
     x = torch.where(inside, x, 0).clamp(0, width - 1)
     top, left = y.detach().floor(), x.detach().floor()
@@ -70,9 +52,9 @@ def corners(
     bottom = (top + 1).clamp(max=height - 1)
     beside = (left + 1).clamp(max=width - 1)
     yield top * width + left, (1 - down) * (1 - right) * inside
-    yield top * width + beside, (1 - down) * right * inside
-    yield bottom * width + left, down * (1 - right) * inside
-    yield bottom * width + beside, down * right * inside
+    yield top * width + beside, (1 - down) * right
+    yield bottom * width + left, down * (1 - right)
+    yield bottom * width + beside, down * right
 
 
 def scatter_bilinear(

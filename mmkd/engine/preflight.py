@@ -1,0 +1,166 @@
+"""What can be known to fail is found before anything is built or written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mmengine.config import Config
+from torch import nn
+
+from mmkd.compat.checkpoint import check_file
+from mmkd.datasets.check import (
+    Report,
+    check_annotation_file,
+    check_dataset,
+)
+
+_TRAINING = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
+_TESTING = ('model', 'test_dataloader', 'test_cfg', 'test_evaluator')
+
+
+def check_training(config: Config, data: bool = True) -> Report:
+    """Check the files of a training, checkpoints before data.
+
+    Args:
+        config: The whole config.
+        data: Look into annotations and pictures too.
+
+    Returns:
+        Classes of the training data, and the warnings of all data.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file or the config cannot be what it is meant to be.
+    """
+    _check_keys(config, _TRAINING, 'train')
+    if config.get('load_from'):
+        _check_weights(config.load_from, 'load_from')
+    for where, path in named_weights(config.model, 'model'):
+        _check_weights(path, where)
+    found = Report()
+    if data:
+        loader = config.train_dataloader
+        for report in check_dataset(
+            loader.dataset, 'train_dataloader.dataset'
+        ):
+            found.classes = found.classes or report.classes
+            found.warnings += report.warnings
+        found.warnings += _check_evaluation(config, 'val')
+    return found
+
+
+def check_testing(config: Config, data: bool = True) -> Report:
+    """Check the files of a test; those of teachers are not needed.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file or the config cannot be what it is meant to be.
+    """
+    _check_keys(config, _TESTING, 'test')
+    _check_weights(config.load_from, 'CHECKPOINT')
+    warnings = _check_evaluation(config, 'test') if data else []
+    return Report(warnings=warnings)
+
+
+def _check_keys(config: Config, keys: Sequence[str], verb: str) -> None:
+    absent = [key for key in keys if config.get(key) is None]
+    if absent:
+        raise ValueError(
+            f'mmkd {verb} expected a config with {", ".join(keys)}; '
+            f'{config.filename!r} has no {", ".join(absent)}. Start from a '
+            f"whole one: _base_ = 'mmdet::retinanet/"
+            f"retinanet_r50_fpn_1x_coco.py'."
+        )
+
+
+def _check_evaluation(config: Config, phase: str) -> list[str]:
+    """Data and metrics of ``val`` or ``test``; returns the warnings."""
+    loader = config.get(f'{phase}_dataloader')
+    if loader is None:
+        return []
+    metrics = config.get(f'{phase}_evaluator') or []
+    metrics = metrics if isinstance(metrics, Sequence) else [metrics]
+    for metric in metrics:
+        path = metric.get('ann_file') if isinstance(metric, Mapping) else None
+        if path and '://' not in path and not metric.get('backend_args'):
+            check_annotation_file(path, f'{phase}_evaluator.ann_file')
+    where = f'{phase}_dataloader.dataset'
+    reports = check_dataset(loader.dataset, where, training=False)
+    return [one for report in reports for one in report.warnings]
+
+
+def named_weights(config: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Every ``checkpoint`` in a nested config, with its place.
+
+    Example:
+        >>> model = dict(teachers=dict(a=dict(checkpoint='a.pth')))
+        >>> list(named_weights(model, 'model'))
+        [('model.teachers.a.checkpoint', 'a.pth')]
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            place = f'{where}.{key}'
+            if key == 'checkpoint' and isinstance(value, (str, os.PathLike)):
+                yield place, str(value)
+            else:
+                yield from named_weights(value, place)
+    elif isinstance(config, (list, tuple)):
+        for number, value in enumerate(config):
+            yield from named_weights(value, f'{where}[{number}]')
+
+
+def _check_weights(path: str | os.PathLike, where: str) -> None:
+    # An address is fetched when it is needed; mmengine caches it.
+    if '://' not in str(path):
+        check_file(path, where)
+
+
+def check_classes(
+    model: nn.Module, classes: Sequence[str] | None, prefix: str = 'model'
+) -> None:
+    """The student's heads must have one output for each class of the data.
+
+    Args:
+        model: The detector, built.
+        classes: Class names of the training data, None if it has none.
+        prefix: Where the student stands in the config, for the message.
+
+    Raises:
+        ValueError: Names the heads and the setting to change.
+    """
+    if classes is None:
+        return
+    wrong = {
+        name: module.num_classes
+        for name, module in model.named_modules()
+        if _counts_classes(name, module) and module.num_classes != len(classes)
+    }
+    if not wrong:
+        return
+    name, number = next(iter(wrong.items()))
+    names = ', '.join(repr(one) for one in list(classes)[:5])
+    more = ', …' if len(classes) > 5 else ''
+    settings = ' '.join(
+        f'{prefix}.{one}.num_classes={len(classes)}' for one in wrong
+    )
+    raise ValueError(
+        f'{type(model).__name__}: {name} has num_classes={number}, the '
+        f'training data has {len(classes)} ({names}{more}). Type: '
+        f'--cfg-options {settings}'
+    )
+
+
+def _counts_classes(name: str, module: nn.Module) -> bool:
+    parts = name.split('.')
+    is_head = any('head' in part for part in parts)
+    # A proposal head tells objects from background; a semantic one has
+    # classes of its own; losses repeat what their head says.
+    other = {'rpn_head', 'semantic_head', 'semantic_roi_extractor', 'terms'}
+    return (
+        is_head
+        and not other & set(parts)
+        and not parts[-1].startswith('loss')
+        and type(getattr(module, 'num_classes', None)) is int
+    )

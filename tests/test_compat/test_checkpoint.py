@@ -1,0 +1,289 @@
+import collections
+import os
+import pickle
+import zipfile
+
+import mmengine.runner.checkpoint as mmengine_checkpoint
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+from torch import nn
+
+from mmkd.compat.checkpoint import (
+    CheckpointError,
+    allow_checkpoints,
+    check_file,
+    classes_of,
+    read_checkpoint,
+    state_dict_of,
+)
+
+
+class Calls:
+    """Pickles as a call that reading it unsafely would make."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.fixture
+def training_file(tmp_path):
+    """What MMEngine writes: weights, logs, NumPy values, words."""
+    loss = HistoryBuffer([2.0, 1.0], [1, 1])
+    path = tmp_path / 'epoch_1.pth'
+    torch.save(
+        dict(
+            meta=dict(epoch=1, iter=2, dataset_meta=dict(classes=('a', 'b'))),
+            state_dict=collections.OrderedDict(weight=torch.arange(3.0)),
+            message_hub=dict(
+                log_scalars=dict(loss=loss),
+                runtime_info=dict(best_score=np.float64(0.5)),
+            ),
+            array=np.arange(4, dtype=np.uint8),
+        ),
+        path,
+    )
+    return path
+
+
+def test_training_checkpoint_is_read_whole(training_file):
+    read = read_checkpoint(training_file)
+    buffer = read['message_hub']['log_scalars']['loss']
+    assert buffer.mean() == 1.5
+    assert buffer.statistics('max') == 2
+    assert read['message_hub']['runtime_info']['best_score'] == 0.5
+    assert read['array'].tolist() == [0, 1, 2, 3]
+    assert read['state_dict']['weight'].tolist() == [0, 1, 2]
+
+
+def test_mmengine_reads_training_checkpoints_too(training_file):
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(3))
+    mmengine_checkpoint.load_checkpoint(model, str(training_file))
+    assert model.weight.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize('core', ['numpy.core', 'numpy._core'])
+def test_arrays_of_either_numpy_are_read(training_file, core, tmp_path):
+    path = tmp_path / 'other.pth'
+    with (
+        zipfile.ZipFile(training_file) as old,
+        zipfile.ZipFile(path, 'w') as new,
+    ):
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith('data.pkl'):
+                for present in (b'cnumpy._core.', b'cnumpy.core.'):
+                    content = content.replace(present, f'c{core}.'.encode())
+            new.writestr(name, content)
+    assert read_checkpoint(path)['array'].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize(
+    'hostile',
+    [
+        lambda mark: Calls(os.system, f'touch {mark}'),
+        lambda mark: Calls(os.mkdir, str(mark)),
+        lambda mark: Calls(exec, f'open({str(mark)!r}, "w")'),
+        # From one method of HistoryBuffer to everything it can reach.
+        lambda mark: Calls(getattr, HistoryBuffer.mean, '__globals__'),
+        lambda mark: Calls(getattr, HistoryBuffer, '__init__'),
+        lambda mark: Calls(
+            getattr, Calls(getattr, HistoryBuffer, 'mean'), 'x'
+        ),
+        lambda mark: Calls(getattr, np.ndarray, 'tofile'),
+        lambda mark: Calls(np.memmap, str(mark), 'u1', 'w+', 0, (1,)),
+    ],
+    ids=[
+        'system',
+        'mkdir',
+        'exec',
+        'globals',
+        'constructor',
+        'chain',
+        'tofile',
+        'memmap',
+    ],
+)
+@pytest.mark.parametrize(
+    'read',
+    [
+        read_checkpoint,
+        lambda path: mmengine_checkpoint._load_checkpoint(str(path)),
+    ],
+    ids=['ours', 'mmengine'],
+)
+def test_a_hostile_file_is_refused_and_nothing_runs(
+    read, hostile, zipped, tmp_path
+):
+    path, mark = tmp_path / 'trojan.pth', tmp_path / 'mark'
+    torch.save(
+        dict(state_dict=dict(w=torch.zeros(1)), trojan=hostile(mark)),
+        path,
+        _use_new_zipfile_serialization=zipped,
+    )
+    with pytest.raises(CheckpointError, match=r'refuses .* nothing of it was'):
+        read(path)
+    assert not mark.exists()
+
+
+def test_allowing_twice_changes_nothing(training_file):
+    before = len(torch.serialization.get_safe_globals())
+    allow_checkpoints()
+    assert len(torch.serialization.get_safe_globals()) == before
+    read_checkpoint(training_file)
+
+
+def test_the_real_getattr_is_not_on_the_list():
+    listed = [
+        one[0] if isinstance(one, tuple) else one
+        for one in torch.serialization.get_safe_globals()
+    ]
+    assert getattr not in listed
+
+
+def test_a_missing_file_suggests_the_nearest_name(tmp_path):
+    (tmp_path / 'epoch_12.pth').touch()
+    with pytest.raises(FileNotFoundError, match=r"mean '.*epoch_12\.pth'\?"):
+        read_checkpoint(tmp_path / 'epoch_2.pth')
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='does not exist either'):
+        check_file(tmp_path / 'nowhere' / 'a.pth')
+
+
+@pytest.mark.parametrize('keep', [0.3, 0.9])
+def test_a_cut_off_file_says_so(training_file, keep):
+    content = training_file.read_bytes()
+    training_file.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(CheckpointError, match=r'end is missing.*again'):
+        read_checkpoint(training_file)
+
+
+def test_a_cut_off_file_of_old_torch_says_so(tmp_path):
+    path = tmp_path / 'old.pth'
+    torch.save(
+        dict(w=torch.zeros(999)), path, _use_new_zipfile_serialization=False
+    )
+    path.write_bytes(path.read_bytes()[:-1500])
+    with pytest.raises(CheckpointError, match=r'damaged file of .* again'):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ('content', 'complaint'),
+    [
+        (b'', 'an empty file'),
+        (b'<!DOCTYPE html><html>404', 'a web page'),
+        (b'version https://git-lfs.github.com/spec/v1', 'git lfs pull'),
+        (b'hello world', 'torch did not write'),
+        (pickle.dumps([1, 2]), 'damaged file|type list'),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(content, complaint, tmp_path):
+    path = tmp_path / 'weights.pth'
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=complaint):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_must_be_a_dict(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / 'tensor.pth')
+    with pytest.raises(CheckpointError, match='type Tensor'):
+        read_checkpoint(tmp_path / 'tensor.pth')
+
+
+def test_files_of_old_torch_are_read(tmp_path):
+    path = tmp_path / 'old.pth'
+    torch.save(
+        dict(meta=dict(CLASSES=('a',)), state_dict=dict(w=torch.ones(2))),
+        path,
+        _use_new_zipfile_serialization=False,
+    )
+    read = read_checkpoint(path)
+    assert state_dict_of(read)['w'].tolist() == [1, 1]
+    assert classes_of(read) == ('a',)
+
+
+def test_wrappers_are_stripped_and_metadata_kept():
+    plain = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    wrapped = nn.Module()
+    wrapped.module = plain
+    state = state_dict_of(dict(state_dict=wrapped.state_dict()))
+    assert list(state) == list(plain.state_dict())
+    # BatchNorm asks for the version it was saved with.
+    assert state._metadata['1'] == plain.state_dict()._metadata['1']
+
+
+def test_a_name_that_only_starts_like_a_wrapper_stays():
+    state = {'module.w': torch.zeros(1), 'head.w': torch.zeros(1)}
+    assert list(state_dict_of(state)) == list(state)
+
+
+def test_mmengines_average_stands_under_the_plain_names():
+    average, trained = torch.ones(2), torch.zeros(2)
+    saved = dict(
+        state_dict={'conv.w': average},
+        ema_state_dict={'steps': torch.tensor(5), 'module.conv.w': trained},
+    )
+    assert state_dict_of(saved)['conv.w'] is average
+    assert dict(state_dict_of(saved, prefer_ema=False)) == {'conv.w': trained}
+
+
+def test_mmdet_2_average_is_parted_from_the_trained_weights():
+    average, trained = torch.ones(2), torch.zeros(2)
+    saved = dict(
+        state_dict={
+            'backbone.conv1.weight': average,
+            'ema_backbone_conv1_weight': trained,
+        }
+    )
+    name = 'backbone.conv1.weight'
+    assert dict(state_dict_of(saved)) == {name: average}
+    assert dict(state_dict_of(saved, prefer_ema=False)) == {name: trained}
+
+
+def test_a_second_dict_of_averages_is_taken_on_request():
+    saved = dict(
+        state_dict=dict(w=torch.zeros(1)), state_dict_ema=dict(w=torch.ones(1))
+    )
+    assert state_dict_of(saved)['w'] == 1
+    assert state_dict_of(saved, prefer_ema=False)['w'] == 0
+
+
+def test_weights_may_be_missing_from_a_dict():
+    with pytest.raises(CheckpointError, match='only epoch'):
+        state_dict_of(dict(epoch=3))
+
+
+@pytest.mark.parametrize(
+    ('meta', 'classes'),
+    [
+        (dict(dataset_meta=dict(classes=['cat', 'dog'])), ('cat', 'dog')),
+        (dict(dataset_meta=dict(CLASSES=('cat',))), ('cat',)),
+        (dict(CLASSES=('cat',)), ('cat',)),
+        (dict(epoch=1), None),
+        (None, None),
+    ],
+)
+def test_classes_are_found_where_either_mmdet_put_them(meta, classes):
+    assert classes_of(dict(meta=meta)) == classes
+
+
+def test_safetensors_need_their_package_or_are_read(tmp_path):
+    path = tmp_path / 'weights.safetensors'
+    path.write_bytes(b'\x00' * 16)
+    try:
+        import safetensors.torch
+    except ImportError:
+        with pytest.raises(ImportError, match='pip install safetensors'):
+            read_checkpoint(path)
+        return
+    safetensors.torch.save_file({'w': torch.ones(2)}, path)
+    assert read_checkpoint(path)['w'].tolist() == [1, 1]

@@ -1,0 +1,108 @@
+import pytest
+import runs
+import tiny
+import torch
+
+from mmkd.engine.preflight import (
+    check_classes,
+    check_testing,
+    check_training,
+    named_weights,
+)
+
+data, quick_starts = runs.data, runs.quick_starts
+
+
+@pytest.fixture
+def cfg(data, tmp_path):
+    return runs.config(data, tmp_path / 'run', validate=True)
+
+
+def test_a_sound_config_passes_and_names_its_classes(cfg):
+    report = check_training(cfg)
+    assert report.classes == runs.NAMES
+    assert report.warnings == []
+
+
+def test_checkpoints_are_checked_before_data(cfg, teachers, terms):
+    cfg.model = tiny.distilled(tiny.retinanet(), teachers, terms)
+    cfg.model.teachers.big.checkpoint = 'checkpoints/gone.pth'
+    cfg.train_dataloader.dataset.ann_file = 'gone.json'
+    with pytest.raises(
+        FileNotFoundError, match=r'model\.teachers\.big\.checkpoint expected'
+    ):
+        check_training(cfg)
+
+
+def test_weights_to_start_from_must_exist(cfg):
+    cfg.load_from = 'gone.pth'
+    with pytest.raises(FileNotFoundError, match='load_from expected'):
+        check_training(cfg)
+    cfg.load_from = None
+    cfg.model.backbone.init_cfg = dict(
+        type='Pretrained', checkpoint='gone.pth'
+    )
+    with pytest.raises(FileNotFoundError, match=r'backbone\.init_cfg\.check'):
+        check_training(cfg)
+
+
+def test_addresses_are_left_for_later(cfg):
+    cfg.model.backbone.init_cfg = dict(
+        type='Pretrained', checkpoint='torchvision://resnet18'
+    )
+    check_training(cfg)
+
+
+def test_the_annotations_of_a_metric_must_exist(cfg):
+    cfg.val_evaluator.ann_file = 'gone.json'
+    with pytest.raises(FileNotFoundError, match=r'val_evaluator\.ann_file'):
+        check_training(cfg)
+
+
+def test_a_config_of_a_model_alone_cannot_be_trained(cfg):
+    cfg.pop('train_dataloader')
+    with pytest.raises(ValueError, match='has no train_dataloader'):
+        check_training(cfg)
+
+
+def test_a_test_needs_no_file_of_a_teacher(
+    data, cfg, teachers, terms, tmp_path
+):
+    cfg.merge_from_dict(runs.evaluation(data, 'test'))
+    cfg.model = tiny.distilled(tiny.retinanet(), teachers, terms)
+    cfg.model.teachers.big.checkpoint = 'checkpoints/gone.pth'
+    cfg.load_from = str(tmp_path / 'student.pth')
+    torch.save(dict(state_dict={}), cfg.load_from)
+    check_testing(cfg)
+
+
+def test_heads_must_have_the_classes_of_the_data():
+    model = tiny.build(tiny.retinanet(classes=80))
+    with pytest.raises(
+        ValueError,
+        match=r"bbox_head has num_classes=80, .* has 3 \('disc', 'square', "
+        r"'bar'\).*--cfg-options model\.bbox_head\.num_classes=3",
+    ):
+        check_classes(model, runs.NAMES)
+    check_classes(tiny.build(tiny.retinanet()), runs.NAMES)
+    check_classes(model, None)
+
+
+def test_proposal_heads_have_no_classes_to_match():
+    model = tiny.build(tiny.faster_rcnn())
+    check_classes(model, runs.NAMES)
+    with pytest.raises(ValueError, match=r'model\.roi_head\.bbox_head\.num_'):
+        check_classes(model, runs.NAMES[:2])
+
+
+def test_every_named_file_is_found():
+    model = dict(
+        backbone=dict(init_cfg=dict(checkpoint='a.pth')),
+        teachers=dict(one=dict(checkpoint='b.pth'), two=dict(checkpoint=None)),
+        heads=[dict(checkpoint='c.pth')],
+    )
+    assert list(named_weights(model, 'model')) == [
+        ('model.backbone.init_cfg.checkpoint', 'a.pth'),
+        ('model.teachers.one.checkpoint', 'b.pth'),
+        ('model.heads[0].checkpoint', 'c.pth'),
+    ]
