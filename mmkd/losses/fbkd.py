@@ -97,9 +97,9 @@ class FBKDLoss(nn.Module):
       side, the student's through a 1x1 convolution.
 
     All four layers and both blocks learn along; the teacher gets no gradient
-    through its block. The paper weights features by both masks; MMRazor, after
-    the authors' code for two-stage detectors, leaves the channel mask out, the
-    authors' code for one-stage detectors has both. Here both count.
+    through its block. The paper weights features by both masks. MMRazor leaves
+    the channel mask out, as do copies of the authors' code for two-stage
+    detectors; those for one-stage detectors have both. Here both count.
 
     The affinity of ``relation`` has :math:`(HW)^2 / stride^2` entries an image
     and side: 0.28 GB on a P2 of 200x336 cells with stride 8.

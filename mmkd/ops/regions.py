@@ -61,9 +61,8 @@ def region_vectors(
     (height, width), (rows, columns) = gt.shape, feature.shape[-2:]
     x = boxes[:, 0::2] * (columns / width)
     y = boxes[:, 1::2] * (rows / height)
-    # Sorted: roi_align promises nothing for corners in the wrong order.
-    corners = x.amin(1), y.amin(1), x.amax(1), y.amax(1)
-    regions = torch.stack([image, *corners], 1)
+    corners = torch.stack([x, y], 2).flatten(1)  # x1 y1 x2 y2
+    regions = torch.cat([image[:, None], corners], 1)
     bins = roi_align(
         feature, regions, output_size, sampling_ratio=2, aligned=True
     )

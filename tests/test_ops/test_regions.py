@@ -66,7 +66,7 @@ def test_a_box_of_zero_size_gives_the_map_at_its_point():
     )
 
 
-def test_corners_in_the_wrong_order_are_sorted():
+def test_the_order_of_the_corners_does_not_matter():
     right = ground_truth([[4, 8, 20, 24]])
     wrong = ground_truth([[20, 24, 4, 8]])
     feature = ramp(8, 8)

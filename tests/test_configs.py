@@ -1,0 +1,326 @@
+"""Every COCO config: its card, its distance from the student's, two steps."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from mmdet.registry import MODELS
+from mmengine.config import Config, ConfigDict
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+
+from mmkd.configs import OWN_KEYS, read_config, student_config
+
+ROOT = Path(__file__).parents[1]
+COCO_CLASSES = 80
+
+#: What every card says, in this order; notes are optional.
+FIELDS = [
+    'Published',
+    'Trained by us',
+    'Read',
+    'Schedule',
+    'Changed besides model',
+    "Teacher's weights",
+]
+SUMMARY = re.compile(
+    r'\S+: .+ \((?P<student>\d+\.\d) AP alone\) learns from .+ '
+    r'\((?P<teacher>\d+\.\d) AP\)\.'
+)
+#: method_detector_student-from-teacher_neck_schedule_dataset.py
+NAME = re.compile(r'[^_]+_[^_]+_[^_]+-from-[^_]+_fpn_(ms-)?[12]x_coco\.py')
+
+
+def teacher_in(path: Path) -> str:
+    """Config of a file's teacher, without reading the student's base."""
+    name = next(
+        node.value.value
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.keyword) and node.arg == 'config'
+    )
+    return sys.intern(name)  # pytest reuses fixtures of the same object
+
+
+# Neighbours share a teacher, which is saved once for all of them.
+PATHS = sorted((ROOT / 'configs').glob('*/*.py'), key=teacher_in)
+EVERY = pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
+
+
+@cache
+def config_of(path: Path) -> Config:
+    return read_config(path)
+
+
+packaged = cache(read_config)
+
+
+def base_in(path: Path) -> str:
+    """Name of the student's own config."""
+    return next(
+        ast.literal_eval(node.value)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == '_base_'
+    )
+
+
+def base_of(path: Path) -> Config:
+    return packaged(base_in(path))
+
+
+def card_of(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text()))
+
+
+def fields(path: Path) -> dict[str, str]:
+    """Fields of a card by name, each on one line."""
+    _, _, text = card_of(path).partition('\n\nPublished')
+    parts = re.split(r'\n(?=\S)', f'Published{text}')
+    pairs = (' '.join(part.split()).split(': ', 1) for part in parts)
+    return dict(pairs)
+
+
+def teacher_of(path: Path) -> ConfigDict:
+    (teacher,) = config_of(path).model.teachers.values()
+    return teacher
+
+
+def differences(one: object, other: object, place: str = '') -> Iterator[str]:
+    """Dotted names of all that differs, MMEngine's ``_scope_`` aside."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        if one != other:
+            yield place
+        return
+    for key in {*one, *other} - {'_scope_'}:
+        here = f'{place}.{key}' if place else str(key)
+        if key in one and key in other:
+            yield from differences(one[key], other[key], here)
+        else:
+            yield here
+
+
+def test_there_are_configs_of_every_published_pair():
+    names = {path.stem.partition('_')[2] for path in PATHS}
+    assert names >= {
+        'retinanet_r50-from-x101-64x4d_fpn_2x_coco',
+        'retinanet_r50-from-r101_fpn_2x_coco',
+        'gfl_r50-from-r101_fpn_1x_coco',
+        'fcos_r50-from-r101_fpn_ms-2x_coco',
+        'faster-rcnn_r50-from-r101_fpn_2x_coco',
+        'faster-rcnn_r50-from-cascade-mask-x101-dcn_fpn_2x_coco',
+        'reppoints_r50-from-x101-dcn_fpn_2x_coco',
+    }
+
+
+# The card ----------------------------------------------------------------
+
+
+@EVERY
+def test_name_says_method_detector_pair_neck_schedule_and_data(path):
+    assert NAME.fullmatch(path.name)
+    assert path.name.startswith(f'{path.parent.name}_')
+
+
+@EVERY
+def test_card_has_summary_command_and_fields(path):
+    lines = card_of(path).splitlines()
+    assert SUMMARY.fullmatch(lines[0])
+    command = card_of(path).split('\n\n')[1].replace('\\\n', '').split()
+    assert command == ['python', 'tools/train.py', f'{path.relative_to(ROOT)}']
+    assert list(fields(path)) in (FIELDS, [*FIELDS, 'Notes'])
+
+
+@EVERY
+def test_card_names_a_local_file_for_a_teacher_that_exists(path):
+    (name,) = config_of(path).model.teachers
+    option = f'--cfg-options model.teachers.{name}.checkpoint=FILE'
+    assert fields(path)["Teacher's weights"].endswith(option)
+    config = copy.deepcopy(config_of(path))
+    config.merge_from_dict({f'model.teachers.{name}.checkpoint': 'my.pth'})
+    assert config.model.teachers[name].checkpoint == 'my.pth'
+    assert config.model.teachers[name].config == teacher_of(path).config
+
+
+@EVERY
+def test_card_tells_the_schedule(path):
+    config = config_of(path)
+    said = fields(path)['Schedule']
+    rate = config.optim_wrapper.optimizer.lr
+    images = config.auto_scale_lr.base_batch_size
+    assert f'{config.train_cfg.max_epochs} epochs of {images} images' in said
+    assert f'learning rate {rate};' in said
+    assert images == 8 * config.train_dataloader.batch_size
+
+
+# The distance from the student's own config ---------------------------------
+
+
+@EVERY
+def test_differs_from_the_student_only_in_what_the_card_names(path):
+    base = base_of(path)
+    named = fields(path)['Changed besides model'].rstrip('.')
+    allowed = set() if named == 'nothing' else set(named.split(', '))
+    found = set(differences(config_of(path).to_dict(), base.to_dict()))
+    keys = {f'model.{key}' for key in OWN_KEYS}
+    assert found == {*keys, 'model.type', *allowed}
+
+
+@EVERY
+def test_student_inside_is_the_plain_one(path):
+    base = base_of(path)
+    assert config_of(path).model.type == 'mmkd.Distiller'
+    plain = student_config(config_of(path).model)
+    assert list(differences(plain.to_dict(), base.model.to_dict())) == []
+
+
+# MMDetection's zoo -----------------------------------------------------------
+
+
+@cache
+def zoo() -> tuple[dict, ...]:
+    """All models of MMDetection's metafiles."""
+    import mmdet
+
+    folder = Path(mmdet.__file__).parent / '.mim'
+    index = yaml.safe_load((folder / 'model-index.yml').read_text())
+    loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
+    return tuple(
+        model
+        for name in index['Import']
+        for model in yaml.load((folder / name).read_text(), loader)['Models']
+    )
+
+
+def in_zoo(config: str) -> list[dict]:
+    """The zoo's entries for ``'mmdet::folder/file.py'``."""
+    name = config.replace('mmdet::', 'configs/')
+    return [model for model in zoo() if model['Config'] == name]
+
+
+def box_ap(model: dict) -> float:
+    return next(
+        float(result['Metrics']['box AP'])
+        for result in model['Results']
+        if result['Task'] == 'Object Detection'
+    )
+
+
+@EVERY
+def test_zoo_has_the_weights_of_the_teacher_and_both_results(path):
+    teacher = teacher_of(path)
+    (weights,) = [
+        model
+        for model in in_zoo(teacher.config)
+        if model['Weights'] == teacher.checkpoint
+    ]
+    said = SUMMARY.match(card_of(path))
+    assert float(said['teacher']) == box_ap(weights)
+    students = {box_ap(one) for one in in_zoo(base_in(path))}
+    assert float(said['student']) in students
+
+
+# Two steps -------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def weights(request, tmp_path_factory):
+    """Random weights of a teacher, as long as its configs are tested."""
+    path = tmp_path_factory.mktemp('zoo') / 'teacher.pth'
+    yield tiny.save_teacher(read_config(request.param).model, path)
+    path.unlink()  # hundreds of megabytes
+
+
+def without_downloads(model: ConfigDict) -> ConfigDict:
+    model = copy.deepcopy(model)
+    model.backbone.init_cfg = None
+    return model
+
+
+def shares(losses: dict) -> dict:
+    return {
+        name: value
+        for name, value in losses.items()
+        if name.startswith('loss_kd_')
+    }
+
+
+def assert_teacher_is(teacher: torch.nn.Module, weights: Path) -> None:
+    saved = torch.load(weights, mmap=True, weights_only=True)['state_dict']
+    state = teacher.state_dict()
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[key], saved[key]) for key in saved)
+
+
+def small_batch(seed: int) -> dict:
+    """Two pictures of at most 64 pixels, as a data loader gives them."""
+    images, samples = tiny.batch(
+        shapes=((64, 64), (48, 56)), seed=seed, classes=COCO_CLASSES
+    )
+    for sample in samples:
+        sample.gt_instances.bboxes /= 2
+    return tiny.pixels(images, samples)
+
+
+def assert_backbone_learns_from(losses: dict, student) -> None:
+    sum(shares(losses).values()).backward(retain_graph=True)
+    reached = torch.stack(
+        [
+            one.grad.abs().sum()
+            for one in student.backbone.layer4.parameters()
+            if one.grad is not None
+        ]
+    )
+    assert reached.isfinite().all()
+    assert reached.sum() > 0
+    student.zero_grad()
+
+
+def assert_loads_in_the_plain_student(student, model: ConfigDict) -> None:
+    with torch.device('meta'):  # names and shapes are all that is compared
+        plain = MODELS.build(model)
+    report = plain.load_state_dict(student.state_dict(), strict=False)
+    assert report.missing_keys == []
+    assert all(key.startswith('terms.') for key in report.unexpected_keys)
+
+
+@pytest.mark.parametrize(
+    ('weights', 'path'),
+    [(teacher_in(path), path) for path in PATHS],
+    indirect=['weights'],
+    ids=[path.stem for path in PATHS],
+)
+def test_learns_for_two_steps_and_loads_in_the_plain_student(weights, path):
+    init_default_scope('mmdet')
+    config = config_of(path)
+    model = without_downloads(config.model)
+    (name,) = model.teachers
+    model.teachers[name].checkpoint = str(weights)
+    torch.manual_seed(0)
+    student = MODELS.build(model)
+    student.init_weights()
+    student.train()
+    optimiser = build_optim_wrapper(student, config.optim_wrapper)
+    data = student.data_preprocessor(small_batch(seed=0), training=True)
+    losses = student.loss(data['inputs'], data['data_samples'])
+    assert_backbone_learns_from(losses, student)
+    total, first = student.parse_losses(losses)
+    optimiser.update_params(total)
+    second = student.train_step(small_batch(seed=1), optimiser)
+    for log in (first, second):
+        assert shares(log)
+        assert all(value > 0 for value in shares(log).values())
+        assert log['loss'].isfinite()
+    assert_teacher_is(student.teachers[name].detector, weights)
+    plain = without_downloads(base_of(path).model)
+    assert_loads_in_the_plain_student(student, plain)

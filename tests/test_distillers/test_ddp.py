@@ -1,0 +1,150 @@
+"""Two processes, one term that stops half-way, no unused parameter."""
+
+import pytest
+import tiny
+import torch
+from mmengine.dist import all_gather
+from mmengine.logging import MessageHub
+from mmengine.model import MMDistributedDataParallel
+from mmengine.optim import OptimWrapper
+from torch import distributed, multiprocessing
+
+from mmkd.terms.term import Term
+
+STEPS = 4
+
+
+def student(teacher_file, **schedule):
+    """A tiny student with a term that has weights of its own."""
+    teachers = dict(
+        big=dict(
+            config=dict(model=tiny.retinanet(base=16)),
+            checkpoint=str(teacher_file),
+        )
+    )
+    terms = dict(
+        mimic=dict(
+            type='mmkd.FeatureTerm',
+            teacher='big',
+            levels=(0, 1),
+            align=dict(
+                type='mmkd.ConvAdapt', in_channels=16, out_channels=16
+            ),
+            loss=dict(type='mmkd.MimicLoss'),
+            schedule=dict(type='mmkd.StopAfter', fraction=0.5),
+        )
+    )
+    model = tiny.build(tiny.distilled(tiny.retinanet(), teachers, terms))
+    model.init_weights()
+    return model
+
+
+def train(model, rank):
+    """Half of the steps with the term, half without it.
+
+    Returns:
+        The wrapped model and what each step logged for the term.
+    """
+    wrapped = MMDistributedDataParallel(module=model)
+    assert not wrapped.find_unused_parameters
+    optimiser = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.01))
+    hub = MessageHub.get_current_instance()
+    hub.update_info('max_iters', STEPS)
+    logged = []
+    for step in range(STEPS):
+        hub.update_info('iter', step)
+        data = tiny.pixels(*tiny.batch(seed=10 * rank + step))
+        log = wrapped.train_step(data, optimiser)
+        logged.append(log['loss_kd_mimic'].item())
+    return logged
+
+
+def weights(model):
+    return torch.cat([one.detach().flatten() for one in model.parameters()])
+
+
+def attempt(teacher_file, rank):
+    """What a run logged and whether all processes ended alike."""
+    model = student(teacher_file)
+    before = weights(model.terms)
+    try:
+        logged = train(model, rank)
+    except RuntimeError as error:
+        return dict(error=str(error))
+    ends = all_gather(weights(model))
+    return dict(
+        logged=logged,
+        alike=all(torch.equal(ends[0], one) for one in ends),
+        processes=len(ends),
+        learnt=not torch.equal(before, weights(model.terms)),
+    )
+
+
+def work(rank, address, teacher_file, result):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        'gloo', init_method=address, rank=rank, world_size=2
+    )
+    found = dict(touching=attempt(teacher_file, rank))
+    # As it would be if an idle term left its weights out of the step.
+    Term.touch = lambda self: 0.0
+    found['silent'] = attempt(teacher_file, rank)
+    torch.save(found, f'{result}.{rank}')
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def runs(teacher_file, tmp_path_factory):
+    """Results of both processes."""
+    folder = tmp_path_factory.mktemp('ddp')
+    multiprocessing.spawn(
+        work,
+        args=(f'file://{folder / "meet"}', teacher_file, folder / 'result'),
+        nprocs=2,
+    )
+    return [torch.load(f'{folder / "result"}.{rank}') for rank in range(2)]
+
+
+def test_a_term_that_stops_half_way_needs_no_unused_parameters(runs):
+    for run in (one['touching'] for one in runs):
+        assert 'error' not in run
+        assert [value > 0 for value in run['logged']] == [True] * 2 + [False] * 2
+
+
+def test_both_processes_end_with_equal_weights(runs):
+    for run in (one['touching'] for one in runs):
+        assert run['processes'] == 2
+        assert run['alike']
+        assert run['learnt']
+
+
+def test_each_process_saw_its_own_images(runs):
+    first, second = (one['touching']['logged'] for one in runs)
+    assert first[:2] != second[:2]
+
+
+def test_without_touching_its_weights_the_run_would_fail(runs):
+    for run in (one['silent'] for one in runs):
+        assert 'Expected to have finished reduction' in run['error']
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A distributed run of one process, as torchrun starts on one GPU."""
+    instances = dict(MessageHub._instance_dict)
+    distributed.init_process_group(
+        'gloo',
+        init_method=f'file://{tmp_path / "meet"}',
+        rank=0,
+        world_size=1,
+    )
+    yield
+    distributed.destroy_process_group()
+    MessageHub._instance_dict.clear()
+    MessageHub._instance_dict.update(instances)
+
+
+def test_a_distributed_run_of_one_process_is_one_too(alone, teacher_file):
+    run = attempt(teacher_file, 0)
+    assert 'error' not in run, run['error']
+    assert run['processes'] == 1
