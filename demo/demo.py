@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'demo')]
 
 # mmengine 0.10.7 asks setuptools for it, which says so at each import.
 os.environ.setdefault('PYTHONWARNINGS', 'ignore:pkg_resources')
-warnings.filterwarnings('ignore', message='pkg_resources')
+# mmdet 3.3.0 warns of its own attributes at each detector.
+warnings.simplefilter('ignore')
 
 import torch  # noqa: E402
 from runs import Run, carry_out  # noqa: E402
@@ -50,8 +52,9 @@ def main() -> None:
     cores = min(2, os.cpu_count() or 1)
     carry_out([[teacher], [alone, distilled]], cores, AFTERWARDS)
     print('Counting, timing and drawing ...')
-    table, facts = compare(runs, args.seed)
-    pictures(runs, args.folder)
+    with redirect_stdout(None):  # mmengine and pycocotools chat
+        table, facts = compare(runs, args.seed)
+        pictures(runs, args.folder)
     (args.folder / 'table.md').write_text(table)
     (args.folder / 'results.json').write_text(json.dumps(facts, indent=2))
     print(f'\n{table}')

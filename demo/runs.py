@@ -17,6 +17,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from mmkd.analysis.curves import ap_history
+
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, str(ROOT / 'tools' / 'train.py')]
 
@@ -135,36 +137,27 @@ class Run:
             self._process.kill()
 
     def log(self) -> list[dict]:
-        """Lines of MMEngine's log, oldest first, those of resumed runs too.
-
-        Validation lines get the iteration they were made at.
-        """
-        lines, iteration = [], 0
+        """Training lines of MMEngine's log, those of resumed runs too."""
+        lines = []
         for path in sorted(self.folder.glob('*/vis_data/scalars.json')):
             for text in path.read_text().splitlines():
                 try:
                     line = json.loads(text)
                 except json.JSONDecodeError:
                     continue  # being written this moment
-                iteration = line.get('iter', iteration)
-                lines.append(dict(line, iter=line.get('step', iteration)))
+                if 'loss' in line:
+                    lines.append(line)
         return lines
 
     def curve(self) -> list[tuple[int, float]]:
         """AP in percent after so many iterations."""
-        found = {
-            line['iter']: 100 * line['coco/bbox_mAP']
-            for line in self.log()
-            if 'coco/bbox_mAP' in line
-        }
-        return sorted(found.items())
+        return ap_history(self.folder)
 
     def position(self) -> tuple[int, float]:
         """Iterations done, and seconds the others are likely to take."""
         if self.done:
             return self.iterations, 0.0
-        lines = [line for line in self.log() if 'time' in line]
-        trained = [line for line in lines if 'loss' in line]
+        trained = self.log()
         at = max((line['iter'] for line in trained), default=0)
         times = sorted(line['time'] for line in trained[-8:])
         pace = times[len(times) // 2] if times else self.guess

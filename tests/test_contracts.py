@@ -184,7 +184,9 @@ def test_half_precision_is_finite_and_computed_in_float32(kind, dtype):
     value = build(kind)(
         student, maps(kind, scale=300, dtype=dtype), ground_truth()
     )
-    assert all(part.dtype == torch.float32 for part in parts_of(value).values())
+    assert all(
+        part.dtype == torch.float32 for part in parts_of(value).values()
+    )
     assert all(part.isfinite() for part in parts_of(value).values())
     total(value).backward()
     assert all(one.grad.isfinite().all() for one in each(student))
@@ -194,7 +196,9 @@ def test_autocast_changes_neither_type_nor_finiteness(kind):
     student = learning(maps(kind, scale=300))
     with torch.autocast('cpu', torch.bfloat16):
         value = build(kind)(student, maps(kind, scale=300), ground_truth())
-    assert all(part.dtype == torch.float32 for part in parts_of(value).values())
+    assert all(
+        part.dtype == torch.float32 for part in parts_of(value).values()
+    )
     assert all(part.isfinite() for part in parts_of(value).values())
 
 

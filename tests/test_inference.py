@@ -134,9 +134,9 @@ def test_a_picture_in_memory(configs, checkpoint, folder):
 
 def test_det_inferencer(configs, checkpoint, folder):
     one, other = (
-        DetInferencer(
-            config, checkpoint, device='cpu', show_progress=False
-        )(pictures(folder), no_save_vis=True)['predictions']
+        DetInferencer(config, checkpoint, device='cpu', show_progress=False)(
+            pictures(folder), no_save_vis=True
+        )['predictions']
         for config in configs.values()
     )
     assert len(one) == 3

@@ -143,7 +143,9 @@ def test_one_mean_for_all_channels_is_spread():
 
 def test_another_kind_of_preprocessor_is_an_error_that_names_it():
     detector = nn.Module()
-    detector.data_preprocessor = MODELS.build(dict(type='BaseDataPreprocessor'))
+    detector.data_preprocessor = MODELS.build(
+        dict(type='BaseDataPreprocessor')
+    )
     with pytest.raises(TypeError, match="Teacher 'big'.*BaseDataPreprocessor"):
         Pixels.of(detector, "Teacher 'big'")
 

@@ -48,9 +48,7 @@ def test_cosine_decay_follows_half_a_cosine(progress, expected):
 
 def test_cosine_is_flat_at_both_ends_and_steepest_in_the_middle():
     decay, step = CosineDecay(), 1e-4
-    slope = [
-        (decay(t + step) - decay(t)) / step for t in (0, 0.5, 1 - step)
-    ]
+    slope = [(decay(t + step) - decay(t)) / step for t in (0, 0.5, 1 - step)]
     assert slope[0] == pytest.approx(0, abs=1e-3)
     assert slope[1] == pytest.approx(-math.pi / 2, rel=1e-3)
     assert slope[2] == pytest.approx(0, abs=1e-3)

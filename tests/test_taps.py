@@ -130,7 +130,9 @@ def test_what_was_never_called_is_an_error_that_names_it(detector):
         pass
     assert not record.has('block')
     for ask in (record.at, record.inputs):
-        with pytest.raises(RuntimeError, match="Detector did not call 'block'"):
+        with pytest.raises(
+            RuntimeError, match="Detector did not call 'block'"
+        ):
             ask('block')
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from mmdet.structures import DetDataSample
@@ -37,13 +39,25 @@ def gflops(detector: nn.Module, size: tuple[int, int]) -> float:
     detector.eval()
     sample = _sample(size)
     image = torch.zeros(1, 3, *size)
-    counted = get_model_complexity_info(
-        _Forward(detector, sample),
-        inputs=(image,),
-        show_table=False,
-        show_arch=False,
-    )
+    with _quiet('mmengine'):  # it names every operator it need not count
+        counted = get_model_complexity_info(
+            _Forward(detector, sample),
+            inputs=(image,),
+            show_table=False,
+            show_arch=False,
+        )
     return counted['flops'] / 1e9
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def latency(

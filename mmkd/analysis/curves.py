@@ -163,10 +163,14 @@ def ap_history(
     """
     found: dict[int, float] = {}
     logs = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
+    iteration = 0
     for line in (line for log in logs for line in _lines(log)):
+        iteration = line.get('iter', iteration)
         for key, value in line.items():
             if key.split('/')[-1] == metric and 'step' in line:
-                found[int(line['step'])] = 100 * value
+                # MMEngine counts epochs here by default; a training that is
+                # counted in iterations is in epoch 0 throughout.
+                found[int(line['step']) or iteration] = 100 * value
     return sorted(found.items())
 
 

@@ -100,6 +100,7 @@ class CocoWriter:
         boxes: np.ndarray,
         labels: Sequence[int],
         ignored: np.ndarray | None = None,
+        encoded: bytes | None = None,
         **about: Any,
     ) -> bool:
         """Write one image and note its boxes.
@@ -111,6 +112,8 @@ class CocoWriter:
             boxes: x1 y1 x2 y2 in pixels, (G, 4).
             labels: Class indices, (G,).
             ignored: Boxes that neither count nor may be punished, (G,).
+            encoded: The image file where there is one already, so that it
+                is not compressed twice.
             **about: Further fields of the image's entry.
 
         Returns:
@@ -150,10 +153,9 @@ class CocoWriter:
         if path.is_file():
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
-        ok, data = cv2.imencode(path.suffix, image)
-        if not ok:
-            raise ValueError(f'OpenCV cannot write {path.suffix!r} files.')
-        write_whole(path, data.tobytes())
+        if encoded is None:
+            encoded = cv2.imencode(path.suffix, image)[1].tobytes()
+        write_whole(path, encoded)
         return True
 
     def finish(self, **about: Any) -> dict:

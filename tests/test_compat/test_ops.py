@@ -676,7 +676,7 @@ def test_modulated_deform_conv_has_the_right_gradient(device, geometry, bias):
     )
 
 
-def test_deform_conv_derives_once_and_never_takes_an_old_result(monkeypatch):
+def test_deform_conv_derives_once_for_input_and_weight(monkeypatch):
     calls = []
     derive = ext.convolution._derive
 
@@ -687,22 +687,42 @@ def test_deform_conv_derives_once_and_never_takes_an_old_result(monkeypatch):
     monkeypatch.setattr(ext.convolution, '_derive', counting)
     layer = mmcv_ops.DeformConv2d(2, 2, 3)
     x, offset, _ = deform_operands(layer)
-    x.requires_grad_()
-    out = layer(x, offset)
-    grad = torch.randn_like(out)
-
-    def by(*inputs, grad=grad):
-        return torch.autograd.grad(out, inputs, grad, retain_graph=True)
-
-    _, by_weight = by(x, layer.weight)
+    layer(x.requires_grad_(), offset).sum().backward()
     assert len(calls) == 1
-    torch.testing.assert_close(by(layer.weight)[0], by_weight)
-    assert len(calls) == 2
-    # The derivative by the weight is left over here, and must not serve for
-    # a gradient that has changed since.
-    by(x)
-    grad.mul_(3)
-    torch.testing.assert_close(by(layer.weight)[0], 3 * by_weight)
+    assert x.grad.any()
+    assert layer.weight.grad.any()
+
+
+@pytest.mark.parametrize('change', ['gradient', 'input', 'geometry'])
+def test_deform_conv_never_takes_the_derivative_of_something_else(change):
+    """What was derived with the input serves for the same operands only."""
+    layer = mmcv_ops.DeformConv2d(2, 2, 3)
+    x, offset, _ = deform_operands(layer)
+    grad = torch.randn(2, 2, *offset.shape[2:])
+    names = ('kW', 'kH', 'dW', 'dH', 'padW', 'padH', 'dilationW', 'dilationH')
+    settings = dict(zip(names, (3, 3, 1, 1, 0, 0, 1, 1)))
+    settings |= dict(group=1, deformable_group=1, im2col_step=2)
+    none = torch.empty(0)
+
+    def by_weight(grad):
+        out = torch.zeros_like(layer.weight)
+        ext.deform_conv_backward_parameters(
+            x, offset, grad, out, none, none, scale=1, **settings
+        )
+        return out
+
+    before = by_weight(grad)
+    buffers = torch.zeros_like(x), torch.zeros_like(offset)
+    ext.deform_conv_backward_input(
+        x, offset, grad, *buffers, layer.weight, none, **settings
+    )
+    if change == 'geometry':  # of the same output size
+        settings |= dict(padW=1, dilationW=2)
+    else:
+        (grad if change == 'gradient' else x).mul_(3)
+    after = by_weight(grad)
+    torch.testing.assert_close(after, by_weight(grad.clone()))
+    assert not torch.allclose(after, before)
 
 
 def test_masked_conv_is_a_convolution_where_the_mask_is_set(device):

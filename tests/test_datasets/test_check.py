@@ -143,6 +143,7 @@ def test_a_single_class_must_be_a_tuple(folder):
     [
         (dict(bbox=[3, 3, 0, 9], area=0), 'smaller than a pixel'),
         (dict(bbox=[3, 3, 9, 0.5]), 'smaller than a pixel'),
+        (dict(area=0), 'smaller than a pixel'),
         (dict(bbox=[64, 3, 9, 9]), 'outside of their image'),
         (dict(bbox=[-9, 3, 9, 9]), 'outside of their image'),
         (dict(category_id=99), 'that the file does not list'),

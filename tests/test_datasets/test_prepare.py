@@ -12,6 +12,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from mmkd.datasets import sources, trees
+from mmkd.datasets.bccd import CLASSES, prepare_bccd
 from mmkd.datasets.coco import CARD, CocoWriter
 from mmkd.datasets.prepare import main
 from mmkd.datasets.tiles import windows
@@ -395,3 +396,66 @@ def test_card_is_the_last_file_and_holds_what_decides(folder, tmp_path):
     assert card['recipe']['sha256'] == digests(folder)
     assert card['recipe']['tile'] == 20
     assert set(card['versions']) == {'mmkd', 'python', 'numpy', 'opencv'}
+
+
+@pytest.fixture
+def blood(tmp_path):
+    """Three photographs in the folders of BCCD, one a split."""
+    folder = tmp_path / 'BCCD'
+    for name in ('Annotations', 'JPEGImages', 'ImageSets/Main'):
+        (folder / name).mkdir(parents=True)
+    boxes = [('RBC', (1, 2, 11, 22)), ('WBC', (5, 5, 5, 5))]
+    for split in ('train', 'val', 'test'):
+        (folder / 'Annotations' / f'{split}.xml').write_bytes(
+            voc([*boxes, ('Platelets', (50, 30, 60, 40))])
+        )
+        image = str(folder / 'JPEGImages' / f'{split}.jpg')
+        cv2.imwrite(image, photograph())
+        listed = folder / 'ImageSets' / 'Main' / f'{split}.txt'
+        listed.write_text(f'{split}\n')
+    return folder
+
+
+def test_blood_cells_keep_their_splits_classes_and_bytes(blood, tmp_path):
+    out = tmp_path / 'out'
+    card = prepare_bccd(out, blood.parent, say=list, sha256=None)
+    assert card['dropped'] == dict(zero_size=3, outside=0)
+    assert card['splits']['val']['boxes_by_class'] == dict(
+        RBC=1, WBC=0, Platelets=1
+    )
+    coco = json.loads((out / 'val.json').read_text())
+    assert [
+        (one['category_id'], one['bbox']) for one in coco['annotations']
+    ] == [(1, [1, 2, 10, 20]), (3, [50, 30, 10, 10])]
+    for split in card['splits']:
+        copied = (out / split / f'{split}.jpg').read_bytes()
+        original = blood / 'JPEGImages' / f'{split}.jpg'
+        assert copied == original.read_bytes()
+
+
+def test_blood_cells_of_another_source_are_refused(blood, tmp_path):
+    with pytest.raises(ValueError, match='are not those of Shenggan'):
+        prepare_bccd(tmp_path / 'out', blood, say=list)
+    (blood / 'JPEGImages' / 'val.jpg').unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file 'val\.jpg'"):
+        prepare_bccd(tmp_path / 'out', blood, say=list, sha256=None)
+    with pytest.raises(FileNotFoundError, match='has no folder Annotations'):
+        prepare_bccd(tmp_path / 'out', tmp_path / 'none', say=list)
+
+
+def test_blood_cells_without_a_source_say_where_to_get_them(tmp_path, capsys):
+    assert main(['bccd', '--out', str(tmp_path / 'out')]) == 1
+    assert '--source' in capsys.readouterr().err
+
+
+def test_the_published_blood_cells_have_their_known_numbers(tmp_path):
+    source = Path(__file__).parents[3] / 'shared' / 'data' / 'bccd'
+    if not source.is_dir():
+        pytest.skip(f'{source} is not there')
+    card = prepare_bccd(tmp_path / 'out', source, say=list)
+    splits = card['splits']
+    assert [splits[name]['images'] for name in splits] == [205, 87, 72]
+    boxes = [splits[name]['boxes_by_class'] for name in splits]
+    totals = [sum(one[name] for one in boxes) for name in CLASSES]
+    assert sum(totals) + card['dropped']['zero_size'] == 4888
+    assert card['dropped'] == dict(zero_size=2, outside=0)

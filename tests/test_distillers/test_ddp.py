@@ -27,9 +27,7 @@ def student(teacher_file, **schedule):
             type='mmkd.FeatureTerm',
             teacher='big',
             levels=(0, 1),
-            align=dict(
-                type='mmkd.ConvAdapt', in_channels=16, out_channels=16
-            ),
+            align=dict(type='mmkd.ConvAdapt', in_channels=16, out_channels=16),
             loss=dict(type='mmkd.MimicLoss'),
             schedule=dict(type='mmkd.StopAfter', fraction=0.5),
         )
@@ -108,7 +106,9 @@ def runs(teacher_file, tmp_path_factory):
 def test_a_term_that_stops_half_way_needs_no_unused_parameters(runs):
     for run in (one['touching'] for one in runs):
         assert 'error' not in run
-        assert [value > 0 for value in run['logged']] == [True] * 2 + [False] * 2
+        assert [value > 0 for value in run['logged']] == [True] * 2 + [
+            False
+        ] * 2
 
 
 def test_both_processes_end_with_equal_weights(runs):

@@ -99,7 +99,9 @@ class Listen(Hook):
     def __init__(self):
         self.logs, self.skipped = [], []
 
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+    def after_train_iter(
+        self, runner, batch_idx, data_batch=None, outputs=None
+    ):
         self.logs.append({key: one.item() for key, one in outputs.items()})
         dataset = runner.train_dataloader.dataset
         self.skipped.append(dataset._skip_type_keys)

@@ -264,6 +264,25 @@ def test_steps_keep_their_number_within_the_epoch(
     assert numbers == [2, 0, 1, 2]
 
 
+def test_iterations_shuffle_finite_data_in_every_pass(
+    data, tmp_path, monkeypatch
+):
+    shown = []
+    monkeypatch.setattr(
+        PressCtrlC,
+        'before_train_iter',
+        lambda hook, runner, batch_idx, data_batch: shown.extend(
+            one.img_id for one in data_batch['data_samples']
+        ),
+    )
+    cfg = config(data, tmp_path, 'iterations, finite passes')
+    cfg.custom_hooks = [dict(type='PressCtrlC')]
+    runs.train(cfg)
+    first, second = shown[:6], shown[6:]
+    assert sorted(first) == sorted(second) == list(range(6))
+    assert first != second
+
+
 def test_a_stopped_accumulation_keeps_its_gradients(uninterrupted):
     _, folder = uninterrupted('gradients accumulated')
     waiting = read_checkpoint(folder / 'iter_3.pth')[resume.KEY]['ranks'][0]

@@ -5,7 +5,7 @@ import pytest
 import runs
 import tiny
 import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS, MODELS
 
 from mmkd.compat.checkpoint import read_checkpoint
@@ -145,6 +145,70 @@ def test_a_write_that_is_cut_off_leaves_the_old_file(
     with pytest.raises(KeyboardInterrupt):
         trainer.save_checkpoint(str(tmp_path), 'epoch_1.pth')
     assert (tmp_path / 'epoch_1.pth').read_bytes() == before
+
+
+def full_disk(content, file, **settings):
+    raise OSError('no space left on device')
+
+
+def test_the_old_checkpoint_goes_when_the_new_one_is_there(
+    data, tmp_path, monkeypatch
+):
+    cfg = runs.config(data, tmp_path, epochs=2)
+    cfg.default_hooks.checkpoint.max_keep_ckpts = 1
+    trainer = Trainer.from_cfg(cfg)
+    trainer.train()
+    assert 'epoch_1.pth' not in files(tmp_path)
+    assert 'epoch_2.pth' in files(tmp_path)
+
+    (hook,) = [one for one in trainer.hooks if isinstance(one, CheckpointHook)]
+    monkeypatch.setattr(torch, 'save', full_disk)
+    with pytest.raises(OSError, match='no space'):
+        hook._save_checkpoint(trainer)
+    assert 'epoch_2.pth' in files(tmp_path)
+
+
+def test_the_best_checkpoint_goes_when_a_better_one_is_there(
+    data, tmp_path, monkeypatch
+):
+    cfg = runs.config(data, tmp_path, epochs=1)
+    cfg.default_hooks.checkpoint.update(save_best='AP', rule='greater')
+    trainer = Trainer.from_cfg(cfg)
+    trainer.train()
+    (hook,) = [one for one in trainer.hooks if isinstance(one, CheckpointHook)]
+    # Epoch and score; the second validation of an epoch may be better.
+    for epoch, score in ((1, 0.1), (1, 0.2), (2, 0.3)):
+        trainer.train_loop._epoch = epoch
+        hook.after_val_epoch(trainer, dict(AP=score))
+        best = [one for one in files(tmp_path) if one.startswith('best')]
+        assert best == [f'best_AP_epoch_{epoch}.pth']
+    trainer.train_loop._epoch = 3
+    monkeypatch.setattr(torch, 'save', full_disk)
+    with pytest.raises(OSError, match='no space'):
+        hook.after_val_epoch(trainer, dict(AP=0.4))
+    assert 'best_AP_epoch_2.pth' in files(tmp_path)
+
+
+@HOOKS.register_module()
+class Spoil(Hook):
+    """Makes the weights useless before a step."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 4:
+            runner.model.backbone.conv1.weight.data.fill_(float('nan'))
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
+    data, tmp_path
+):
+    cfg = runs.config(data, tmp_path, epochs=3)
+    cfg.default_hooks.checkpoint.max_keep_ckpts = 1
+    cfg.custom_hooks = [dict(type='Spoil')]
+    with pytest.raises(FloatingPointError, match=r'loss_cls.*iteration 5'):
+        runs.train(cfg)
+    saved = read_checkpoint(tmp_path / 'epoch_1.pth')['state_dict']
+    assert all(one.isfinite().all() for one in saved.values())
+    assert not (tmp_path / 'epoch_2.pth').exists()
 
 
 @pytest.fixture

@@ -81,7 +81,10 @@ def test_no_box_at_all_still_has_shapes():
 def test_boxes_without_labels_get_class_zero():
     one = DetDataSample()
     one.gt_instances = InstanceData(bboxes=FIRST)
-    assert GroundTruth.from_samples([one], IMAGES[:1]).labels.tolist() == [0, 0]
+    assert GroundTruth.from_samples([one], IMAGES[:1]).labels.tolist() == [
+        0,
+        0,
+    ]
 
 
 def test_what_a_preprocessor_hands_over_is_understood():
@@ -101,7 +104,9 @@ def test_from_boxes_equals_from_samples(gt, samples):
         ignored=[THIRD[:0], THIRD, THIRD[:0]],
     )
     for name in ('boxes', 'labels', 'image', 'ignored', 'ignored_image'):
-        assert torch.equal(getattr(gt, name), getattr(other, name).to(gt.image))
+        assert torch.equal(
+            getattr(gt, name), getattr(other, name).to(gt.image)
+        )
     assert (gt.shape, gt.image_shapes) == (other.shape, other.image_shapes)
 
 

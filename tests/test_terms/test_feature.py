@@ -110,9 +110,7 @@ def test_maps_of_several_taps_follow_each_other():
 def test_an_output_of_a_head_is_chosen_on_either_side():
     own, theirs = pyramid(), pyramid(seed=1)
     other = pyramid(channels=9)
-    term = FeatureTerm(
-        'big', MIMIC, tap='head', output=0, teacher_output=1
-    )
+    term = FeatureTerm('big', MIMIC, tap='head', output=0, teacher_output=1)
     share = term(Step(dict(head=(own, other)), dict(head=(other, theirs))))
     expected = sum(mimic_loss(a, b) for a, b in zip(own, theirs))
     torch.testing.assert_close(share, expected)
@@ -312,9 +310,7 @@ def test_a_teacher_that_is_not_there_suggests_the_nearest():
 
 def head_share(teachers, **settings):
     terms = dict(
-        kd=dict(
-            type='mmkd.FeatureTerm', teacher='big', loss=MIMIC, **settings
-        )
+        kd=dict(type='mmkd.FeatureTerm', teacher='big', loss=MIMIC, **settings)
     )
     student = tiny.build(tiny.distilled(tiny.retinanet(), teachers, terms))
     student.teachers.load()
@@ -342,7 +338,5 @@ def test_a_layer_called_once_a_level_gives_a_pyramid(teachers):
 def test_an_output_of_a_method_called_once_a_level_is_that_output(teachers):
     """``forward_single`` returns scores and boxes of its level."""
     _, whole = head_share(teachers, tap='bbox_head', output=0)
-    _, single = head_share(
-        teachers, tap='bbox_head.forward_single', output=0
-    )
+    _, single = head_share(teachers, tap='bbox_head.forward_single', output=0)
     torch.testing.assert_close(single, whole)
