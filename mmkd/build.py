@@ -3,10 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from mmkd.checks import check_name
 from mmkd.registry import MODELS, SharedRegistry
+
+
+def find(
+    config: Mapping, role: str, registry: SharedRegistry | None = None
+) -> Any:
+    """The class that a component's dict stands for.
+
+    Args:
+        config: The component's dict, with ``type``.
+        role: Where it stands, for instance ``'terms.pkd.loss'``.
+        registry: Its registry; models if None.
+
+    Raises:
+        ValueError: If there is no such component; the message suggests the
+            nearest.
+    """
+    registry = registry or MODELS
+    if not isinstance(config, Mapping) or 'type' not in config:
+        raise ValueError(
+            f"{role} must be a dict with a 'type', got {config!r}."
+        )
+    registry.import_from_location()
+    kind = config['type']
+    if not isinstance(kind, str):
+        return kind
+    if kind.split('.')[0] == 'mmkd':
+        known = [f'mmkd.{name}' for name in registry.module_dict]
+        check_name(role, 'type', kind, known)
+    # mmdet's own, and the user's; an unknown name raises or gives None.
+    with suppress(KeyError, RuntimeError):
+        if (found := (registry.peer or registry).get(kind)) is not None:
+            return found
+    check_name(role, 'type', kind, registry.module_dict)
+    return registry.get(kind)
 
 
 def build(
@@ -27,17 +62,13 @@ def build(
         ValueError: If there is no such component or it refuses its
             arguments.
     """
-    registry = registry or MODELS
-    if not isinstance(config, Mapping) or 'type' not in config:
-        raise ValueError(
-            f"{role} must be a dict with a 'type', got {config!r}."
-        )
-    registry.import_from_location()
-    kind = config['type']
-    if isinstance(kind, str) and kind.split('.')[0] == 'mmkd':
-        known = [f'mmkd.{name}' for name in registry.module_dict]
-        check_name(role, 'type', kind, known)
+    kind = find(config, role, registry)
+    arguments = {**defaults, **config, 'type': kind}
     try:
-        return registry.build({**defaults, **config})
+        # Its class is known, so that any registry would do; one without
+        # kin in mmdet would only warn of mmdet's scope.
+        return MODELS.build(arguments)
     except TypeError as error:
-        raise ValueError(f'{role} of type {kind!r}: {error}') from error
+        raise ValueError(
+            f'{role} of type {config["type"]!r}: {error}'
+        ) from error

@@ -68,37 +68,34 @@ _RUNNER_KEYS = (
 )
 
 
-def main(arguments: Sequence[str] | None = None, program: str = 'mmkd') -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
         arguments: Verb and its arguments; those of the process if None.
-        program: What the user typed before them, to say how to go on.
 
     Returns:
         The exit status.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(arguments)
-    os.environ.setdefault('LOCAL_RANK', str(options.local_rank))
-    options.command = shlex.join([*shlex.split(program), *arguments])
-    return options.run(options)
+    return _run(arguments, ['mmkd', *arguments])
 
 
 def run_train() -> int:
     """What ``tools/train.py`` runs."""
-    return _tool('train')
+    return _run(['train', *sys.argv[1:]], ['python', *sys.argv])
 
 
 def run_test() -> int:
     """What ``tools/test.py`` runs."""
-    return _tool('test')
+    return _run(['test', *sys.argv[1:]], ['python', *sys.argv])
 
 
-def _tool(verb: str) -> int:
-    options = _parser().parse_args([verb, *sys.argv[1:]])
+def _run(arguments: list[str], command: list[str]) -> int:
+    options = _parser().parse_args(arguments)
     os.environ.setdefault('LOCAL_RANK', str(options.local_rank))
-    options.command = shlex.join(['python', *sys.argv])
+    # What the user typed, to say how to go on.
+    options.command = shlex.join(command)
     return options.run(options)
 
 
@@ -301,10 +298,14 @@ def _check_classes(trainer: Any, config: Config, report: Any) -> None:
 
 def _looks_at_data(options: argparse.Namespace) -> bool:
     """Once for all processes of a distributed run."""
-    rank = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
     return not options.no_data_check and (
-        options.launcher == 'none' or rank == '0'
+        options.launcher == 'none' or _is_first_process()
     )
+
+
+def _is_first_process() -> bool:
+    rank = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
+    return rank == '0'
 
 
 def _refuse(options: argparse.Namespace, error: Exception) -> int:
@@ -313,18 +314,25 @@ def _refuse(options: argparse.Namespace, error: Exception) -> int:
 
 
 def _say_how_to_go_on(options: argparse.Namespace, stopped: Any) -> int:
+    status = SIGNALLED + stopped.number
+    if options.launcher != 'none':
+        if _is_first_process():
+            print(
+                f'\n{stopped}\nTo go on, start it again the same way with '
+                f'--resume.',
+                file=sys.stderr,
+            )
+        return status
     words = shlex.split(options.command)
-    if options.resume is not None:
-        at = words.index('--resume') if '--resume' in words else None
-        if at is not None:
-            named = 2 if options.resume != 'auto' else 1
-            del words[at : at + named]
-        words = [one for one in words if not one.startswith('--resume=')]
+    if '--resume' in words:
+        at = words.index('--resume')
+        del words[at : at + (1 if options.resume == 'auto' else 2)]
+    words = [one for one in words if not one.startswith('--resume=')]
     print(
         f'\n{stopped}\nGo on with:\n  {shlex.join(words)} --resume',
         file=sys.stderr,
     )
-    return SIGNALLED + stopped.number
+    return status
 
 
 # -------------------------------------------------------------------- configs

@@ -55,7 +55,7 @@ class Record:
                 f'that layer instead, or set inplace=False there.'
             )
         outputs = [call.output for call in calls]
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return outputs[0] if len(outputs) == 1 else Repeated(outputs)
 
     def inputs(self, path: str) -> tuple[tuple, dict]:
         """Arguments of a tap's last call: positional ones, and by name."""
@@ -73,6 +73,10 @@ class Record:
                 f'Tap a part that its forward runs.'
             )
         return self._calls[path]
+
+
+class Repeated(tuple):
+    """Outputs of a part that was called repeatedly, call by call."""
 
 
 class Call:
@@ -220,6 +224,10 @@ def maps_of(
     Raises:
         ValueError: If what is left is not a tuple of tensors.
     """
+    if isinstance(value, Repeated):
+        return tuple(
+            one for each in value for one in maps_of(each, who, output)
+        )
     if output is not None:
         if not isinstance(value, (list, tuple)) or output >= len(value):
             size = len(value) if isinstance(value, (list, tuple)) else 1

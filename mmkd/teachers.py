@@ -310,7 +310,7 @@ class Teachers(dict):
         for teacher in self.values():
             try:
                 teacher.check_file()
-            except FileNotFoundError as error:
+            except (FileNotFoundError, ValueError) as error:
                 print_log(
                     f'{error} (Inference with the student needs no teacher.)',
                     logger='current',
@@ -319,12 +319,22 @@ class Teachers(dict):
 
 
 def run_detector(detector: nn.Module, images: Tensor, samples: list) -> None:
-    """Run backbone, neck and heads without losses or post-processing."""
-    for sample in samples:
-        # Set by the preprocessor in training; query-based heads read it.
-        if 'batch_input_shape' not in sample.metainfo:
-            sample.set_metainfo({'batch_input_shape': images.shape[-2:]})
-    detector._forward(images, samples)
+    """Run backbone, neck and heads without losses or post-processing.
+
+    Query-based heads mask what lies beyond ``batch_input_shape``, so the
+    detector is told the size of the batch that it is shown; the samples
+    themselves go on describing the student's.
+    """
+    size = tuple(images.shape[-2:])
+    detector._forward(images, [_of_size(one, size) for one in samples])
+
+
+def _of_size(sample: Any, size: tuple[int, int]) -> Any:
+    if tuple(sample.metainfo.get('batch_input_shape', ())) == size:
+        return sample
+    other = sample.new()
+    other.set_metainfo(dict(batch_input_shape=size))
+    return other
 
 
 def _without_init(model: Mapping) -> dict:

@@ -184,6 +184,19 @@ def test_student_inside_is_the_plain_one(path):
     assert list(differences(plain.to_dict(), base.model.to_dict())) == []
 
 
+def test_child_config_changes_one_number(tmp_path):
+    (parent,) = (path for path in PATHS if path.stem.startswith('sp_'))
+    child = tmp_path / 'child.py'
+    child.write_text(
+        f'_base_ = {str(parent)!r}\n'
+        'model = dict(terms=dict(sp=dict(loss=dict(loss_weight=6.0))))\n'
+    )
+    found = differences(
+        read_config(child).to_dict(), config_of(parent).to_dict()
+    )
+    assert list(found) == ['model.terms.sp.loss.loss_weight']
+
+
 # MMDetection's zoo -----------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from mmdet.structures import DetDataSample, SampleList
-from mmengine.dist import get_rank, get_world_size
+from mmengine.dist import get_rank, is_distributed
 from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from mmengine.structures import InstanceData
@@ -287,7 +287,7 @@ def flatten(
 def _idle(term: Term) -> Tensor | float:
     # Alone, its weights get no gradient at all, so that not even the norm
     # that gradients are clipped by is rounded otherwise.
-    return term.touch() if get_world_size() > 1 else 0.0
+    return term.touch() if is_distributed() else 0.0
 
 
 def _scale(

@@ -31,6 +31,10 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+class LeaveValidation(KeyboardInterrupt):
+    """Ends a validation so that the training can be saved and stopped."""
+
+
 class Interrupts:
     """Notes the first signal while it is entered; the second one gets through.
 
@@ -76,6 +80,6 @@ class Interrupts:
         all_reduce(number, 'max')
         return int(number)
 
-    def raise_if_asked(self) -> None:
+    def leave_validation_if_asked(self) -> None:
         if self.number:
-            raise KeyboardInterrupt
+            raise LeaveValidation

@@ -12,6 +12,7 @@ from mmengine.runner.base_loop import BaseLoop
 from torch.utils.data import DataLoader
 
 from mmkd.engine.draws import replayable
+from mmkd.engine.interrupt import LeaveValidation
 
 _NOTHING = (
     'The training data makes no batch: {images} images are left for batches '
@@ -56,9 +57,7 @@ class Resumable(BaseLoop):
         try:
             with self.runner.resume_hook.aside():
                 self.runner.val_loop.run()
-        except KeyboardInterrupt:
-            if not self.runner.interrupts.number:
-                raise
+        except LeaveValidation:
             # The weights were exchanged for their average meanwhile.
             for hook in self.runner.hooks:
                 if isinstance(hook, EMAHook):

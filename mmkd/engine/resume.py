@@ -105,7 +105,7 @@ class ResumeHook(Hook):
         # Ranks may have unequal shares of the validation data, so that they
         # cannot agree inside of it.
         if self.validating and get_world_size() == 1:
-            runner.interrupts.raise_if_asked()
+            runner.interrupts.leave_validation_if_asked()
 
     # ------------------------------------------------------------ resuming
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from mmkd.build import build
+from mmkd.build import build, find
 from mmkd.checks import check_name
 from mmkd.registry import MODELS
 from mmkd.structures import Outputs, Step
@@ -247,28 +247,30 @@ def _build_align(
 def _build_losses(
     config: Mapping, levels: tuple[int, ...] | None
 ) -> nn.ModuleList:
-    first = build(config, 'loss')
-    if getattr(first, 'scope', 'level') == 'levels':
-        return nn.ModuleList([first])
+    kind = find(config, 'loss')
+    knows_level = 'level_index' in inspect.signature(kind).parameters
+    if levels is None and knows_level:
+        raise ValueError(_levels_wanted(kind))
+    if getattr(kind, 'scope', 'level') == 'levels':
+        return nn.ModuleList([build(config, 'loss')])
     if levels is None:
-        if any(True for _ in first.parameters()) or _knows_level(first):
-            raise ValueError(
-                f'{type(first).__name__} differs from level to level, so the '
-                f'term must know how many there are: add for instance '
-                f'levels=(0, 1, 2, 3, 4) to it.'
-            )
-        return nn.ModuleList([first])
-    if not _knows_level(first):
-        return nn.ModuleList(
-            [first, *(build(config, 'loss') for _ in levels[1:])]
-        )
+        loss = build(config, 'loss')
+        if any(True for _ in loss.parameters()):
+            raise ValueError(_levels_wanted(kind))
+        return nn.ModuleList([loss])
     return nn.ModuleList(
-        [build(config, 'loss', level_index=level) for level in levels]
+        build(
+            config, 'loss', **({'level_index': level} if knows_level else {})
+        )
+        for level in levels
     )
 
 
-def _knows_level(loss: nn.Module) -> bool:
-    return 'level_index' in inspect.signature(type(loss)).parameters
+def _levels_wanted(kind: type) -> str:
+    return (
+        f'{kind.__name__} differs from level to level, so the term must know '
+        f'how many there are: add for instance levels=(0, 1, 2, 3, 4) to it.'
+    )
 
 
 def _sum(

@@ -5,6 +5,7 @@ import pytest
 import runs
 import tiny
 import torch
+from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS, MODELS
 
@@ -83,8 +84,7 @@ def test_a_failed_start_leaves_an_earlier_run_as_it_was(
     for name in ('epoch_1.pth', 'last_checkpoint', 'student.py'):
         (tmp_path / 'run' / name).write_text(name)
     before = files(tmp_path)
-    cfg = runs.config(data, tmp_path / 'run')
-    cfg._filename = str(config)
+    cfg = Config.fromfile(config)
     broken(cfg)
     with pytest.raises(Exception):  # noqa: B017 - five kinds
         runs.train(cfg)

@@ -119,7 +119,9 @@ def _not_covered(name: str, *args: object, **kwargs: object) -> NoReturn:
         'install --no-build-isolation --no-cache-dir mmcv==2.1.0 (needs a '
         'C++17 compiler and a torch whose headers it can compile), or take a '
         'prebuilt wheel: pip install openmim && mim install '
-        '"mmcv>=2.0.0,<2.2.0". mmkd then leaves it alone.'
+        '"mmcv>=2.0.0,<2.2.0". For the onedl stack: pip install '
+        '--no-build-isolation --no-deps --force-reinstall onedl-mmcv==2.3.6. '
+        'mmkd then leaves it alone.'
     )
 
 
