@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -133,7 +134,13 @@ class Distilling:
 
     def init_weights(self) -> None:
         """Initialise the student, then load the teachers, then inherit."""
-        super().init_weights()
+        # Out of reach of the student's own init_cfg, which would draw for
+        # them too; they were initialised when they were built.
+        terms = self._modules.pop('terms')
+        try:
+            super().init_weights()
+        finally:
+            self.terms = terms
         with preserved():
             self.teachers.load()
             for teacher in self.teachers.values():
@@ -323,10 +330,23 @@ def _check_names(teachers: Mapping, terms: Mapping) -> None:
                     f'becomes part of log and checkpoint keys. Use letters, '
                     f'digits and underscores.'
                 )
+    loud = [name for name in terms if 'loss' in name]
+    if loud:
+        raise ValueError(
+            f'Distiller cannot call a term {loud[0]!r}: MMEngine sums every '
+            f"logged key that contains 'loss', also those that are only "
+            f'watched. Use a name without it.'
+        )
+    known = [
+        one for one in inspect.signature(Teacher).parameters if one != 'name'
+    ]
     for name, teacher in teachers.items():
+        for argument in teacher:
+            check_name(f'Teacher {name!r}', 'argument', argument, known)
         if 'config' not in teacher:
-            check_name(
-                f'Teacher {name!r}', 'argument', 'config', list(teacher)
+            raise ValueError(
+                f'Teacher {name!r} needs a config: '
+                f"{name}=dict(config='mmdet::folder/file.py', checkpoint=…)."
             )
     for name, term in terms.items():
         if 'teacher' in term:

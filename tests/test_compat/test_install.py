@@ -273,10 +273,10 @@ def fresh(tmp_path):
     site = Path(run('-c', code, cwd=tmp_path, python=python))
     # A path file inside the other folder is not followed, so hooks of an
     # mmkd installed there stay out.
-    packages = {Path(torch.__file__).parents[1]}
-    packages |= {Path(pytest.__file__).parents[1]}
-    text = '\n'.join(map(str, packages))
-    (site / 'zz_packages.pth').write_text(text + '\n')
+    names = ('mmdet', 'mmcv', 'mmengine', 'torch', 'pytest')
+    specs = (importlib.util.find_spec(name) for name in names)
+    packages = {str(Path(s.origin).parents[1]): None for s in specs if s}
+    (site / 'zz_packages.pth').write_text('\n'.join(packages) + '\n')
     return python, site
 
 

@@ -118,6 +118,7 @@ def trained(model, folder, work_dir):
                 type='EMAHook',
                 ema_type='ExpMomentumEMA',
                 momentum=0.1,
+                gamma=1,
                 update_buffers=True,
                 priority=49,
             ),
