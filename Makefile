@@ -1,9 +1,10 @@
 # make demo, make test: each sets up all it needs in its own .venv.
-# Settings: PYTHON=python3.12  VENV=.venv  STACK=openmmlab|onedl  JOBS=2
+# Settings: PYTHON=python3.12  VENV=.venv  STACK=openmmlab|onedl  JOBS=2  SEED=0
 PYTHON ?= python3
 STACK ?= openmmlab
 VENV ?= .venv$(if $(filter onedl,$(STACK)),-onedl)
 JOBS ?= 2
+SEED ?= 0
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -49,7 +50,7 @@ $(READY): setup.py requirements/torch.txt requirements/constraints.txt
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/python demo/demo.py
+	@$(BIN)/python demo/demo.py --seed $(SEED)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup

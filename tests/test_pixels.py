@@ -21,7 +21,7 @@ CAFFE = dict(
 )
 RAW = dict(
     type='DetDataPreprocessor',
-    pad_size_divisor=32,
+    pad_size_divisor=64,
     pad_value=114,
 )
 LITE = dict(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.analysis import get_model_complexity_info
+from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from mmkd.teachers import TERM_PREFIX
@@ -39,7 +40,7 @@ def gflops(detector: nn.Module, size: tuple[int, int]) -> float:
     detector.eval()
     sample = _sample(size)
     image = torch.zeros(1, 3, *size)
-    with _quiet('mmengine'):  # it names every operator it need not count
+    with _quiet():  # it names every operator it need not count
         counted = get_model_complexity_info(
             _Forward(detector, sample),
             inputs=(image,),
@@ -50,14 +51,14 @@ def gflops(detector: nn.Module, size: tuple[int, int]) -> float:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before = logger.disabled
-    logger.disabled = True
+def _quiet() -> Iterator[None]:
+    logger = MMLogger.get_current_instance()
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.disabled = before
+        logger.setLevel(before)
 
 
 def latency(
