@@ -37,7 +37,9 @@ $(READY): setup.py requirements/torch.txt requirements/constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --quiet --upgrade pip wheel
 	@$(PIP) --quiet --requirement requirements/torch.txt
-	@$(PIP) --quiet --no-build-isolation --editable '.[$(STACK),demo,test]'
+	@# Isolated: onedl-mmcv compiles its operators where it sees a torch.
+	@$(PIP) --quiet '.[$(STACK),demo,test]'
+	@$(PIP) --quiet --no-build-isolation --no-deps --editable .
 	@# The headless build needs no libGL, which servers often lack.
 	@version=$$($(BIN)/python -m pip show opencv-python 2>/dev/null \
 	    | sed -n 's/^Version: //p'); \
