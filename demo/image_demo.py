@@ -38,7 +38,8 @@ from mmkd.compat.checkpoint import (
     state_dict_of,
 )
 from mmkd.configs import read_config, student_config
-from mmkd.engine.fit import TERM_PREFIX, Fit
+from mmkd.engine.fit import Fit
+from mmkd.teachers import TERM_PREFIX
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -53,10 +53,14 @@ def read_config(
 
 def _read_packaged(source: str, who: str) -> Config:
     package, _, name = source.partition('::')
+    # At once where it lies there: MMEngine first parses every metafile of
+    # the package.
+    folder = _package_configs(package)
+    if folder is not None and (folder / name).is_file():
+        return Config.fromfile(folder / name)
     try:
         return get_config(source)
     except FileNotFoundError as error:
-        folder = _package_configs(package)
         known = (
             [
                 f'{package}::{one.relative_to(folder).as_posix()}'

@@ -149,15 +149,16 @@ class Teacher:
         )
 
     def _load_strictly(self, state: dict[str, Tensor]) -> None:
-        kept = {
-            key: value.clone()
-            for key, value in self.detector.state_dict().items()
-        }
+        own = self.detector.state_dict()
+        if not _fits(state, own):
+            # Loading may still rename the keys of an older file; a copy is
+            # kept until it is known.
+            own = {key: value.clone() for key, value in own.items()}
         try:
             self.detector.load_state_dict(state, strict=True)
         except RuntimeError as error:
-            self.detector.load_state_dict(kept)
-            raise ValueError(self._misfit(state, kept)) from error
+            self.detector.load_state_dict(own)
+            raise ValueError(self._misfit(state, own)) from error
 
     def _misfit(self, state: Mapping, own: Mapping) -> str:
         missing = [key for key in own if key not in state]
@@ -269,6 +270,12 @@ class Teacher:
                 f'inherit=False.'
             )
         return parts
+
+
+def _fits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    return state.keys() == own.keys() and all(
+        state[key].shape == value.shape for key, value in own.items()
+    )
 
 
 def _copy(

@@ -9,9 +9,7 @@ from mmengine.model import BaseTTAModel
 from torch import nn
 
 from mmkd.compat.checkpoint import state_dict_of
-
-#: Keys of a distilled checkpoint that plain detectors do not have.
-TERM_PREFIX = 'terms.'
+from mmkd.teachers import TERM_PREFIX
 
 
 class Fit:
