@@ -52,6 +52,9 @@ class Teacher:
             heads, a sequence of names such as ``('neck', 'bbox_head')`` for
             these alone, ``False`` for none.
         ema: Take the averaged weights where the file has them.
+        sham: A control for experiments: show the teacher the next image of
+            the batch instead, so that its targets are those of a teacher but
+            of another image. What is gained from them is not knowledge.
         name: Name among the distiller's teachers, for messages.
 
     Raises:
@@ -65,10 +68,11 @@ class Teacher:
         cfg_options: Mapping[str, Any] | None = None,
         inherit: bool | Sequence[str] = False,
         ema: bool = True,
+        sham: bool = False,
         name: str = 'teacher',
     ) -> None:
         self.name, self.checkpoint, self.ema = name, checkpoint, ema
-        self.inherit = inherit
+        self.inherit, self.sham = inherit, sham
         self.source = config if isinstance(config, (str, Path)) else 'a dict'
         config = read_config(config, f'Teacher {name!r}', cfg_options)
         model = student_config(config.model)
@@ -212,6 +216,8 @@ class Teacher:
             grad: Keep the graph from the images to the taps.
         """
         self.to(images.device)
+        if self.sham:
+            images, samples = self._another(images, samples)
         shapes = [
             tuple(one.metainfo.get('img_shape', images.shape[-2:])[:2])
             for one in samples
@@ -225,6 +231,16 @@ class Teacher:
             record.size = tuple(images.shape[-2:])
             run_detector(self.detector, images, samples)
         return record
+
+    def _another(self, images: Tensor, samples: list) -> tuple[Tensor, list]:
+        # One image is what a model is checked with while it is built.
+        if len(images) == 1 and self.loaded:
+            raise ValueError(
+                f'Teacher {self.name!r} with sham=True is shown the next '
+                f'image of the batch, but a batch has one image. Set '
+                f'train_dataloader.batch_size to 2 or more.'
+            )
+        return images.roll(-1, 0), [*samples[1:], *samples[:1]]
 
     def lend(self, student: nn.Module) -> None:
         """Start the student from the parts that ``inherit`` names.

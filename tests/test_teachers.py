@@ -454,3 +454,28 @@ def test_the_students_config_is_that_of_the_teacher_that_it_was():
     """A teacher's own config survives a round through the distiller's."""
     model = tiny.retinanet(base=16)
     assert student_config(tiny.distilled(model, {}, {})) == model
+
+
+# The sham teacher, a control --------------------------------------------------
+
+
+def test_a_sham_teacher_is_shown_the_next_image(teacher_file):
+    """Other sizes too: it must be told where its image ends."""
+    real, sham = teacher(str(teacher_file)), teacher(str(teacher_file))
+    sham.sham = True
+    images, samples = tiny.batch()
+    targets = []
+    for one in (real, sham):
+        one.load()
+        targets.append(one.run(images, samples, student_pixels()).at('neck'))
+    for own, others in zip(*targets):
+        torch.testing.assert_close(others, own.flip(0))
+        assert not torch.allclose(others, own)
+
+
+def test_a_sham_teacher_needs_a_second_image(teacher_file):
+    one = teacher(str(teacher_file), sham=True)
+    one.load()
+    images, samples = tiny.batch(shapes=((128, 128),))
+    with pytest.raises(ValueError, match='batch_size to 2 or more'):
+        one.run(images, samples, student_pixels())

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from mmdet.structures import DetDataSample, SampleList
-from mmengine.dist import get_rank, is_distributed
+from mmengine.dist import get_rank
 from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from mmengine.structures import InstanceData
@@ -28,7 +28,6 @@ from mmkd.structures import Step
 from mmkd.structures.step import Shower
 from mmkd.taps import Record, recording
 from mmkd.teachers import Teacher, Teachers, run_detector
-from mmkd.terms.term import Term
 
 #: Side of the random image on which pairs are checked while the model is
 #: built, pixels: one cell at stride 128.
@@ -162,7 +161,12 @@ class Distilling:
         with recording(self, self._student_paths(active)) as record:
             losses = super().loss(batch_inputs, batch_data_samples)
         step = self._step(
-            record, batch_inputs, batch_data_samples, iteration, progress
+            record,
+            batch_inputs,
+            batch_data_samples,
+            iteration=iteration,
+            progress=progress,
+            losses=dict(losses),
         )
         seed = stream_seed(self._seed, iteration, get_rank())
         with preserved(seed):
@@ -170,7 +174,7 @@ class Distilling:
                 if name in active:
                     share = _scale(term(step), active[name])
                 else:
-                    share = batch_inputs.new_zeros(()) + _idle(term)
+                    share = batch_inputs.new_zeros(()) + term.idle()
                 losses.update(flatten(name, share))
         self._guard.watch(losses, iteration)
         return losses
@@ -186,8 +190,7 @@ class Distilling:
         record: Record,
         images: Tensor,
         samples: SampleList,
-        iteration: int = 0,
-        progress: float = 0.0,
+        **position: Any,
     ) -> Step:
         def shower(teacher: Teacher) -> Shower:
             return lambda images, grad=False: teacher.run(
@@ -198,8 +201,7 @@ class Distilling:
             student=record,
             images=images,
             samples=samples,
-            iteration=iteration,
-            progress=progress,
+            **position,
             teachers={
                 name: shower(teacher)
                 for name, teacher in self.teachers.items()
@@ -289,12 +291,6 @@ def flatten(
         else f'loss_kd_{term}_{part}': value
         for part, value in share.items()
     }
-
-
-def _idle(term: Term) -> Tensor | float:
-    # Alone, its weights get no gradient at all, so that not even the norm
-    # that gradients are clipped by is rounded otherwise.
-    return term.touch() if is_distributed() else 0.0
 
 
 def _scale(

@@ -46,6 +46,7 @@ class Step:
         samples: mmdet's sample of each image.
         progress: Position in the training, [0, 1].
         iteration: Iterations done before this one.
+        losses: The student's own losses, by name; none in a dry pass.
         teachers: Shows images to a teacher, by name.
     """
 
@@ -54,6 +55,7 @@ class Step:
     samples: list
     progress: float = 0.0
     iteration: int = 0
+    losses: Mapping[str, Any] = field(default_factory=dict)
     teachers: Mapping[str, Shower] = field(default_factory=dict)
     _ran: dict[str, Outputs] = field(default_factory=dict, repr=False)
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from mmengine.dist import is_distributed
 from torch import Tensor, nn
 
 from mmkd.build import build
@@ -77,12 +78,16 @@ class Term(nn.Module, ABC):
         """Whether a dry forward pass recorded all that the term needs."""
         return all(step.student.has(path) for path in self.student_paths)
 
-    def touch(self) -> Tensor | float:
-        """Zero that depends on every parameter of the term.
+    def idle(self) -> Tensor | float:
+        """The share of a term that does not count in a step: nothing.
 
-        A term that is idle in a step returns it, so that DDP finds a gradient
-        for each parameter.
+        Alone, its weights get no gradient at all, so that not even the norm
+        that gradients are clipped by is rounded otherwise; DDP waits for one.
         """
+        return self.touch() if is_distributed() else 0.0
+
+    def touch(self) -> Tensor | float:
+        """Zero that depends on every parameter of the term."""
         zeros = [
             0.0 * one.sum() for one in self.parameters() if one.requires_grad
         ]

@@ -1,0 +1,285 @@
+"""Balanced: terms weigh as much as stated against the detection loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mmengine.dist import all_reduce
+from torch import Tensor, nn
+
+from mmkd.build import build
+from mmkd.checks import check_name, check_positive
+from mmkd.registry import MODELS
+from mmkd.structures import Step
+from mmkd.taps import maps_of
+from mmkd.terms.term import Term
+
+if TYPE_CHECKING:
+    from mmkd.teachers import Teacher
+
+#: Losses are multiplied by this while gradients are measured, so that maps
+#: in half precision do not flush them to zero. A power of two rounds nothing.
+SCALE = 1024.0
+
+
+@MODELS.register_module()
+class BalancedTerm(Term):
+    r"""Terms whose weights follow from gradients instead of from tuning.
+
+    .. math::
+
+        L = \sum_k w_k L_k, \qquad
+        w_k = share_k \, \frac{\lVert \partial L_{det} / \partial f \rVert}
+                              {\lVert \partial L_k / \partial f \rVert}
+
+    where f are the student's maps at ``anchor``, which detection and terms
+    both learn through. A term of share 0.5 pushes these maps half as hard as
+    the detection loss does, whatever its unit, the size of the images, the
+    number of channels, levels or images. The children's own ``loss_weight``
+    cancels out.
+
+    Norms are measured every ``interval`` iterations, at the cost of one
+    backward pass from the losses to ``anchor``, and averaged. Before the first
+    measurement the weights are 0.
+
+    Args:
+        terms: Configs of the terms by name; they log under
+            ``loss_kd_<group>_<term>``.
+        share: Wanted ratio of gradient norms, of every term or of each.
+        anchor: Tap of the student at which gradients are measured.
+        interval: Iterations between measurements.
+        momentum: Of the running averages of the norms, in [0, 1).
+        limit: A weight stays within this factor of its first value, so that a
+            term which is fulfilled (and has no gradient left) is not blown
+            up.
+        schedule: Factor over the training; constant 1 if None.
+
+    Raises:
+        ValueError: If a name in ``share`` is no term, or a number is out of
+            range.
+        RuntimeError: If a loss does not depend on ``anchor``.
+
+    Reference:
+        Liao et al., "RT-DETRv4: Painlessly Furthering Real-Time Object
+        Detection with Vision Foundation Models", arXiv:2510.25257, steers one
+        distillation weight by the ratio of gradient norms in the encoder.
+        Here every term has its own, measured on the maps themselves and not
+        on parameters, so that it costs no pass through the backbone.
+    """
+
+    def __init__(
+        self,
+        terms: Mapping[str, Mapping],
+        share: float | Mapping[str, float] = 1.0,
+        anchor: str = 'backbone',
+        interval: int = 20,
+        momentum: float = 0.9,
+        limit: float = 10.0,
+        schedule: Mapping | None = None,
+    ) -> None:
+        super().__init__(schedule)
+        if not terms:
+            raise ValueError('BalancedTerm needs at least one term.')
+        self.terms = nn.ModuleDict(
+            {
+                name: build(config, f'the term {name!r} in BalancedTerm')
+                for name, config in terms.items()
+            }
+        )
+        self.share = _shares(share, terms)
+        check_positive('BalancedTerm', interval=interval, limit=limit)
+        if not 0 <= momentum < 1:
+            raise ValueError(
+                f'BalancedTerm takes a momentum in [0, 1), got '
+                f'momentum={momentum}.'
+            )
+        self.anchor, self.interval = anchor, interval
+        self.momentum, self.limit = momentum, limit
+        self.register_buffer('detection_norm', torch.zeros(()))
+        self.register_buffer('norms', torch.zeros(len(terms)))
+        self.register_buffer('first', torch.zeros(len(terms)))
+
+    def bind(
+        self, student: nn.Module, teachers: Mapping[str, Teacher]
+    ) -> None:
+        self.tap(student, self.anchor)
+        for name, term in self.terms.items():
+            term.name = name
+            term.bind(student, teachers)
+            for path in term.student_paths:
+                self.tap(student, path)
+        self.teacher_names = list(
+            dict.fromkeys(
+                name
+                for term in self.terms.values()
+                for name in term.teacher_names
+            )
+        )
+
+    def silent(self) -> bool:
+        return not any(self._speaking().values())
+
+    def compares_classes(self) -> bool:
+        return any(term.compares_classes() for term in self.terms.values())
+
+    def checkable(self, step: Step) -> bool:
+        return all(term.checkable(step) for term in self.terms.values())
+
+    def _speaking(self) -> dict[str, bool]:
+        return {
+            name: self.share[name] > 0 and not term.silent()
+            for name, term in self.terms.items()
+        }
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        speaking = self._speaking()
+        factors = {
+            name: term.schedule(step.progress) if speaking[name] else 0.0
+            for name, term in self.terms.items()
+        }
+        shares = {
+            name: term(step) if factors[name] else term.idle()
+            for name, term in self.terms.items()
+        }
+        if step.losses and step.iteration % self.interval == 0:
+            self._measure(step, shares, factors)
+        parts: dict[str, Tensor] = {}
+        zero = step.images.new_zeros(())
+        for index, (name, share) in enumerate(shares.items()):
+            weight = self.weight(index)
+            parts[f'watch_weight_{name}'] = weight
+            named = share if isinstance(share, Mapping) else {'': share}
+            for part, value in named.items():
+                key = f'{name}_{part}' if part else name
+                if part.startswith('watch_'):
+                    parts[f'watch_{name}_{part[6:]}'] = value
+                elif factors[name]:
+                    parts[key] = factors[name] * weight * value
+                else:
+                    parts[key] = zero + value
+        return parts
+
+    def weight(self, index: int) -> Tensor:
+        """Present weight of a term, a scalar without gradient."""
+        return self._bounded(self._ratio())[index]
+
+    def _ratio(self) -> Tensor:
+        share = self.norms.new_tensor(list(self.share.values()))
+        ratio = share * self.detection_norm / self.norms
+        return torch.where(self.norms > 0, ratio, torch.zeros_like(ratio))
+
+    def _bounded(self, ratio: Tensor) -> Tensor:
+        bounded = torch.minimum(
+            torch.maximum(ratio, self.first / self.limit),
+            self.first * self.limit,
+        )
+        return torch.where(self.first > 0, bounded, ratio)
+
+    def _measure(
+        self,
+        step: Step,
+        shares: Mapping[str, Any],
+        factors: Mapping[str, float],
+    ) -> None:
+        maps = [
+            one
+            for one in maps_of(step.student.at(self.anchor), self._who)
+            if one.requires_grad
+        ]
+        if not maps:
+            raise RuntimeError(
+                f'{self._who} carries no gradient, as behind a frozen '
+                f"backbone. Name maps that are trained: anchor='neck'."
+            )
+        found = [_norm(detection_loss(step.losses), maps)]
+        found += [
+            _norm(_total(share), maps) if factors[name] else None
+            for name, share in shares.items()
+        ]
+        for name, norm in zip(('the detection loss', *shares), found):
+            if norm is None and factors.get(name, 1.0):
+                raise RuntimeError(
+                    f'{self._who} has no part in {name!r}. Name maps through '
+                    f'which detection and every term learn: anchor=…, or '
+                    f'weigh the term by hand, outside of BalancedTerm.'
+                )
+        now = torch.stack(
+            [
+                self.detection_norm.new_zeros(()) if one is None else one
+                for one in found
+            ]
+        )
+        all_reduce(now, 'mean')
+        before = torch.cat([self.detection_norm[None], self.norms])
+        mixed = self.momentum * before + (1 - self.momentum) * now
+        mixed = torch.where(before > 0, mixed, now)
+        # Half precision may overflow, a batch may give a term nothing to do.
+        after = torch.where(torch.isfinite(now) & (now > 0), mixed, before)
+        self.detection_norm.copy_(after[0])
+        self.norms.copy_(after[1:])
+        self.first.copy_(
+            torch.where(self.first > 0, self.first, self._ratio())
+        )
+
+    @property
+    def _who(self) -> str:
+        return f'The tap {self.anchor!r} of BalancedTerm {self.name!r}'
+
+
+def detection_loss(losses: Mapping[str, Any]) -> Tensor:
+    """Sum of a detector's own losses, as MMEngine adds them up.
+
+    Example:
+        >>> one = torch.ones(2)
+        >>> detection_loss({'loss_cls': [one, one], 'acc': 5 * one}).item()
+        2.0
+    """
+    values = [
+        value
+        for name, loss in losses.items()
+        if 'loss' in name
+        for value in (loss if isinstance(loss, (list, tuple)) else [loss])
+    ]
+    return sum(value.mean() for value in values)
+
+
+def _total(share: Tensor | Mapping[str, Tensor]) -> Tensor:
+    if isinstance(share, Tensor):
+        return share
+    return sum(
+        value for part, value in share.items() if not part.startswith('watch_')
+    )
+
+
+def _norm(loss: Tensor, maps: Sequence[Tensor]) -> Tensor | None:
+    """Length of a loss's gradient to maps; None if it does not depend."""
+    if not loss.requires_grad:
+        return None
+    grads = torch.autograd.grad(
+        loss,
+        maps,
+        grad_outputs=torch.full_like(loss, SCALE),
+        retain_graph=True,
+        allow_unused=True,
+    )
+    squares = [one.float().square().sum() for one in grads if one is not None]
+    return sum(squares).sqrt() / SCALE if squares else None
+
+
+def _shares(
+    share: float | Mapping[str, float], terms: Mapping
+) -> dict[str, float]:
+    if not isinstance(share, Mapping):
+        share = dict.fromkeys(terms, share)
+    for name in share:
+        check_name('BalancedTerm', 'term in share', name, terms)
+    shares = {name: float(share.get(name, 1.0)) for name in terms}
+    for name, one in shares.items():
+        if one < 0:
+            raise ValueError(
+                f'BalancedTerm takes shares of 0 or more, got {one} for '
+                f'{name!r}.'
+            )
+    return shares
