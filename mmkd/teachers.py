@@ -76,7 +76,7 @@ class Teacher:
         self.source = config if isinstance(config, (str, Path)) else 'a dict'
         config = read_config(config, f'Teacher {name!r}', cfg_options)
         model = student_config(config.model)
-        self.detector: nn.Module = DETECTORS.build(_without_init(model))
+        self.detector: nn.Module = DETECTORS.build(without_init(model))
         self.detector.eval().requires_grad_(False)
         self.pixels = Pixels.of(self.detector, f'Teacher {name!r}')
         self.paths: list[str] = []
@@ -360,18 +360,18 @@ def _of_size(sample: Any, size: tuple[int, int]) -> Any:
     return other
 
 
-def _without_init(model: Mapping) -> dict:
+def without_init(model: Mapping) -> dict:
     """A config whose modules fetch no pretrained weights of their own."""
     if isinstance(model, Mapping):
         return type(model)(
             {
-                key: None if key == 'init_cfg' else _without_init(value)
+                key: None if key == 'init_cfg' else without_init(value)
                 for key, value in model.items()
                 if key != 'pretrained'
             }
         )
     if isinstance(model, (list, tuple)):
-        return type(model)(_without_init(one) for one in model)
+        return type(model)(without_init(one) for one in model)
     return model
 
 

@@ -29,10 +29,12 @@ ORDER = (
     'terms',
     'distillers',
     'detectors',
+    'recipes',
     'datasets',
     'engine',
     'analysis',
     'cli',
+    'laboratory',
 )
 
 #: Packages that know torch and nothing of detectors.

@@ -456,7 +456,7 @@ def test_the_students_config_is_that_of_the_teacher_that_it_was():
     assert student_config(tiny.distilled(model, {}, {})) == model
 
 
-# The sham teacher, a control --------------------------------------------------
+# The sham teacher, a control ------------------------------------------------
 
 
 def test_a_sham_teacher_is_shown_the_next_image(teacher_file):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from mmdet.structures import DetDataSample, SampleList
@@ -96,11 +96,21 @@ def distilling(plain: type[BaseModel]) -> type[BaseModel]:
     )
 
 
+class Observer(Protocol):
+    """What looks at a step without taking part in it."""
+
+    paths: Sequence[str]
+
+    def __call__(self, step: Step, losses: Mapping) -> None: ...
+
+
 class Distilling:
     """What a detector gains: teachers, terms, and their share of the loss."""
 
     teachers: Teachers
     terms: nn.ModuleDict
+    #: Shown this step and its losses, see ``DiagnosticsHook``.
+    observer: Observer | None = None
 
     def attach(self, teachers: Mapping, terms: Mapping) -> None:
         """Build teachers and terms, and check that they fit the student.
@@ -158,7 +168,10 @@ class Distilling:
             for name, term in self.terms.items()
             if not term.silent() and (factor := term.schedule(progress))
         }
-        with recording(self, self._student_paths(active)) as record:
+        paths = self._student_paths(active)
+        if self.observer is not None:
+            paths = list(dict.fromkeys([*paths, *self.observer.paths]))
+        with recording(self, paths) as record:
             losses = super().loss(batch_inputs, batch_data_samples)
         step = self._step(
             record,
@@ -176,6 +189,9 @@ class Distilling:
                 else:
                     share = batch_inputs.new_zeros(()) + term.idle()
                 losses.update(flatten(name, share))
+        if self.observer is not None:
+            with preserved():
+                self.observer(step, losses)
         self._guard.watch(losses, iteration)
         return losses
 
@@ -211,7 +227,7 @@ class Distilling:
     def _check_pair(self) -> None:
         """Show both sides one small image and let every term look at it."""
         images = torch.rand(1, 3, CHECK_SIZE, CHECK_SIZE)
-        samples = [_example_sample()]
+        samples = [example_sample()]
         step, broken = self._dry_step(images, samples)
         if broken is not None:
             print_log(
@@ -373,7 +389,8 @@ def _modes_kept(module: nn.Module) -> Iterator[None]:
             one.training = training
 
 
-def _example_sample() -> DetDataSample:
+def example_sample() -> DetDataSample:
+    """A sample of one box, for an image of ``CHECK_SIZE`` pixels."""
     size = (CHECK_SIZE, CHECK_SIZE)
     sample = DetDataSample(
         metainfo=dict(

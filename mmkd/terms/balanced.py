@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmkd.build import build
 from mmkd.checks import check_name, check_positive
+from mmkd.ops.gradients import gradient
 from mmkd.registry import MODELS
 from mmkd.structures import Step
 from mmkd.taps import maps_of
@@ -18,10 +19,6 @@ from mmkd.terms.term import Term
 
 if TYPE_CHECKING:
     from mmkd.teachers import Teacher
-
-#: Losses are multiplied by this while gradients are measured, so that maps
-#: in half precision do not flush them to zero. A power of two rounds nothing.
-SCALE = 1024.0
 
 
 @MODELS.register_module()
@@ -254,18 +251,8 @@ def _total(share: Tensor | Mapping[str, Tensor]) -> Tensor:
 
 
 def _norm(loss: Tensor, maps: Sequence[Tensor]) -> Tensor | None:
-    """Length of a loss's gradient to maps; None if it does not depend."""
-    if not loss.requires_grad:
-        return None
-    grads = torch.autograd.grad(
-        loss,
-        maps,
-        grad_outputs=torch.full_like(loss, SCALE),
-        retain_graph=True,
-        allow_unused=True,
-    )
-    squares = [one.float().square().sum() for one in grads if one is not None]
-    return sum(squares).sqrt() / SCALE if squares else None
+    found = gradient(loss, maps)
+    return None if found is None else found.norm()
 
 
 def _shares(

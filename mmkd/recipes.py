@@ -1,0 +1,364 @@
+"""Recipes: a method's terms for one pair of detectors, by the method's name.
+
+A method's published config speaks of one pair. Here the two detectors are
+looked at once, by a forward pass on a small random image, and the method's
+terms are written for the levels, strides and channels that are found. What
+comes out is what a config would say: print it, edit it, commit it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmkd.checks import check_name
+from mmkd.configs import student_config
+from mmkd.distillers.distiller import CHECK_SIZE, example_sample
+from mmkd.randomness import preserved
+from mmkd.registry import DETECTORS
+from mmkd.taps import maps_of, recording
+from mmkd.teachers import run_detector, without_init
+
+#: What a user gets who names no method.
+DEFAULT = 'default'
+
+
+@dataclass(frozen=True)
+class Level:
+    """Maps of one stride on both sides.
+
+    Attributes:
+        stride: Input pixels a cell.
+        student, teacher: Positions in the two pyramids.
+        channels: Of the student's map and of the teacher's.
+        scores: Whether both heads give class scores of one shape here.
+    """
+
+    stride: int
+    student: int
+    teacher: int
+    channels: tuple[int, int]
+    scores: bool
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What two detectors have in common.
+
+    Attributes:
+        tap: Submodule whose maps are compared, ``'neck'`` or ``'backbone'``.
+        levels: Levels of equal stride, the finest first.
+        student: The student's plain ``model``.
+        teacher: The teacher's name among the distiller's teachers.
+    """
+
+    tap: str
+    levels: tuple[Level, ...]
+    student: Mapping = field(repr=False)
+    teacher: str = 'teacher'
+
+    def term(self, loss: Mapping, adapt: bool = True, **more: Any) -> dict:
+        """A feature term over all common levels.
+
+        Args:
+            loss: The loss's config.
+            adapt: Whether the loss compares channel by channel, so that a
+                convolution is needed where the two differ in number.
+            **more: Further arguments of the term.
+        """
+        own = [level.channels[0] for level in self.levels]
+        other = [level.channels[1] for level in self.levels]
+        term = dict(
+            type='mmkd.FeatureTerm',
+            teacher=self.teacher,
+            tap=self.tap,
+            levels=tuple(level.student for level in self.levels),
+            teacher_levels=tuple(level.teacher for level in self.levels),
+            loss=dict(loss),
+            **more,
+        )
+        if adapt and own != other:
+            term.setdefault(
+                'align',
+                dict(
+                    type='mmkd.ConvAdapt', in_channels=own, out_channels=other
+                ),
+            )
+        return term
+
+    def scores(self, loss: Mapping, **more: Any) -> dict:
+        """A term over the class scores of the two heads.
+
+        Raises:
+            ValueError: If the heads give scores of different shapes.
+        """
+        levels = [level for level in self.levels if level.scores]
+        if not levels:
+            raise ValueError(
+                'The heads of student and teacher give no class scores of '
+                'one shape (other anchors, classes, or a two-stage head). '
+                'Choose a method on features, for instance pkd.'
+            )
+        return dict(
+            type='mmkd.FeatureTerm',
+            teacher=self.teacher,
+            tap='bbox_head',
+            output=0,
+            levels=tuple(level.student for level in levels),
+            teacher_levels=tuple(level.teacher for level in levels),
+            loss=dict(loss),
+            **more,
+        )
+
+    @property
+    def channels(self) -> int:
+        """The teacher's channels, of a loss that takes one number.
+
+        Raises:
+            ValueError: If they differ from level to level.
+        """
+        found = {level.channels[1] for level in self.levels}
+        if len(found) > 1:
+            raise ValueError(
+                f'This method needs one number of channels on every level, '
+                f"the teacher's {self.tap} has {sorted(found)}. Choose "
+                f'another method, for instance pkd.'
+            )
+        return found.pop()
+
+
+def look(
+    student: Config | Mapping,
+    teacher: Config | Mapping,
+    name: str = 'teacher',
+) -> Pair:
+    """Look at two detectors and pair their levels by stride.
+
+    Args:
+        student: The student's config, plain or with teachers.
+        teacher: The teacher's config.
+        name: The teacher's name among the distiller's teachers.
+
+    Returns:
+        What they have in common.
+
+    Raises:
+        ValueError: If no level has the same stride.
+    """
+    init_default_scope('mmdet')
+    models = [student_config(one['model']) for one in (student, teacher)]
+    tap = 'neck' if all('neck' in one for one in models) else 'backbone'
+    with preserved():
+        own, other = (_shapes(model, tap) for model in models)
+    levels = []
+    for index, (channels, stride, scores) in enumerate(own):
+        match = [
+            position
+            for position, (_, their_stride, _) in enumerate(other)
+            if their_stride == stride
+        ]
+        # A stride that stands twice (a pyramid's smallest maps on a small
+        # image) is paired in order.
+        match = [
+            one for one in match if one not in {x.teacher for x in levels}
+        ]
+        if match:
+            theirs = other[match[0]]
+            levels.append(
+                Level(
+                    stride,
+                    index,
+                    match[0],
+                    (channels, theirs[0]),
+                    scores is not None and scores == theirs[2],
+                )
+            )
+    if not levels:
+        raise ValueError(
+            f'Student and teacher share no stride at {tap!r}: '
+            f'{[stride for _, stride, _ in own]} and '
+            f'{[stride for _, stride, _ in other]}. Write the term by hand, '
+            f"with align=dict(type='mmkd.ResizeAdapt')."
+        )
+    return Pair(tap, tuple(levels), models[0], name)
+
+
+def _shapes(
+    model: Mapping, tap: str
+) -> list[tuple[int, int, tuple[int, ...] | None]]:
+    """Channels, stride and shape of the class scores of each level."""
+    detector = DETECTORS.build(without_init(model)).eval()
+    images = torch.rand(1, 3, CHECK_SIZE, CHECK_SIZE)
+    dense = getattr(detector, 'bbox_head', None) is not None
+    paths = [tap, 'bbox_head'] if dense else [tap]
+    with torch.no_grad(), recording(detector, paths, stop=True) as record:
+        run_detector(detector, images, [example_sample()])
+    maps = maps_of(record.at(tap), f'The tap {tap!r}')
+    scores: tuple = (None,) * len(maps)
+    if dense:
+        try:
+            found = maps_of(record.at('bbox_head'), 'The head', 0)
+        except ValueError:  # a head of another kind
+            found = ()
+        if len(found) == len(maps):
+            scores = tuple(tuple(one.shape) for one in found)
+    return [
+        (one.shape[1], round(CHECK_SIZE / one.shape[-1]), score)
+        for one, score in zip(maps, scores)
+    ]
+
+
+# ------------------------------------------------------------------ methods
+
+Terms = dict[str, dict]
+RECIPES: dict[str, Callable[[Pair], Terms]] = {}
+
+
+def recipe(method: str, pair: Pair, share: float | None = None) -> Terms:
+    """The terms of a method for a pair of detectors.
+
+    Args:
+        method: Its name, a key of :data:`RECIPES`.
+        pair: What :func:`look` found.
+        share: Weigh the method by its gradient, see
+            :class:`mmkd.terms.balanced.BalancedTerm`; None keeps the
+            published weights, which were chosen for COCO at 800 pixels, 256
+            channels and one pair.
+
+    Returns:
+        Configs of the terms by name, as a config's ``terms``.
+
+    Raises:
+        ValueError: If there is no such method, or it does not fit the pair.
+    """
+    check_name('mmkd.recipes', 'method', method, RECIPES)
+    terms = RECIPES[method](pair)
+    balanced = all(
+        one['type'] == 'mmkd.BalancedTerm' for one in terms.values()
+    )
+    if share is None or balanced or method == 'inherit':
+        return terms
+    return {
+        'balanced': dict(type='mmkd.BalancedTerm', terms=terms, share=share)
+    }
+
+
+def inherits(method: str) -> bool:
+    """Whether a recipe lets the student start from the teacher's parts."""
+    return method == 'inherit'
+
+
+def _method(write: Callable[[Pair], Terms]) -> Callable[[Pair], Terms]:
+    RECIPES[write.__name__.strip('_')] = write
+    return write
+
+
+@_method
+def mimic(pair: Pair) -> Terms:
+    return dict(mimic=pair.term(dict(type='mmkd.MimicLoss', loss_weight=2.0)))
+
+
+@_method
+def at(pair: Pair) -> Terms:
+    return dict(at=pair.term(dict(type='mmkd.ATLoss'), adapt=False))
+
+
+@_method
+def cwd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.CWDLoss', loss_weight=10.0)
+    return dict(cwd=pair.term(loss))
+
+
+@_method
+def cwd_scores(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.CWDLoss', loss_weight=5.0)
+    return dict(cwd_scores=pair.scores(loss))
+
+
+@_method
+def pkd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.PKDLoss', loss_weight=10.0)
+    return dict(pkd=pair.term(loss))
+
+
+@_method
+def mgd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.MGDLoss', channels=pair.channels)
+    return dict(mgd=pair.term(loss))
+
+
+@_method
+def fgd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.FGDLoss', channels=pair.channels)
+    return dict(fgd=pair.term(loss))
+
+
+@_method
+def fgd_focal(pair: Pair) -> Terms:
+    return dict(fgd_focal=pair.term(dict(type='mmkd.FGDFocalLoss')))
+
+
+@_method
+def fgd_global(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.FGDGlobalLoss', channels=pair.channels)
+    return dict(fgd_global=pair.term(loss))
+
+
+@_method
+def defeat(pair: Pair) -> Terms:
+    return dict(defeat=pair.term(dict(type='mmkd.DeFeatLoss')))
+
+
+@_method
+def fgfi(pair: Pair) -> Terms:
+    head = pair.student.get('rpn_head') or pair.student.get('bbox_head') or {}
+    if 'anchor_generator' not in head:
+        raise ValueError(
+            f'fgfi imitates near anchors, but {pair.student["type"]} has '
+            f'none. Choose a method without, for instance fgd.'
+        )
+    loss = dict(
+        type='mmkd.FGFILoss', anchor_generator=dict(head['anchor_generator'])
+    )
+    return dict(fgfi=pair.term(loss))
+
+
+@_method
+def fbkd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.FBKDLoss', channels=pair.channels)
+    return dict(fbkd=pair.term(loss))
+
+
+@_method
+def rkd(pair: Pair) -> Terms:
+    return dict(rkd=pair.term(dict(type='mmkd.RKDLoss'), adapt=False))
+
+
+@_method
+def sp(pair: Pair) -> Terms:
+    return dict(sp=pair.term(dict(type='mmkd.SPLoss'), adapt=False))
+
+
+@_method
+def inherit(pair: Pair) -> Terms:
+    """The teacher's neck and head to start from, and nothing to learn."""
+    loss = dict(type='mmkd.MimicLoss', loss_weight=0.0)
+    return dict(nothing=pair.term(loss))
+
+
+@_method
+def default(pair: Pair) -> Terms:
+    """A feature and, where heads agree, a response term, by gradient."""
+    terms = pkd(pair)
+    share = dict(pkd=1.0)
+    if any(level.scores for level in pair.levels):
+        terms |= cwd_scores(pair)
+        share |= dict(cwd_scores=0.5)
+    return dict(
+        default=dict(type='mmkd.BalancedTerm', terms=terms, share=share)
+    )

@@ -1,0 +1,165 @@
+import pytest
+import tiny
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmkd.recipes import DEFAULT, RECIPES, look, recipe
+from mmkd.registry import MODELS
+
+
+@pytest.fixture(scope='module')
+def pair():
+    student = dict(model=tiny.retinanet())
+    return look(student, dict(model=tiny.retinanet(base=16)), 'big')
+
+
+@pytest.fixture
+def build(tmp_path):
+    def build(student, teacher, terms):
+        file = tiny.save_teacher(teacher, tmp_path / 'teacher.pth')
+        big = dict(config=dict(model=teacher), checkpoint=str(file))
+        model = tiny.build(tiny.distilled(student, dict(big=big), terms))
+        model.init_weights()
+        return model.train()
+
+    return build
+
+
+# A look at two detectors -----------------------------------------------------
+
+
+def test_levels_are_paired_by_stride(pair):
+    assert [level.stride for level in pair.levels] == [8, 16, 32, 64, 128]
+    assert all(level.channels == (16, 16) for level in pair.levels)
+    assert all(level.scores for level in pair.levels)
+
+
+def test_a_level_that_one_side_lacks_is_left_out():
+    student = tiny.retinanet()
+    teacher = tiny.faster_rcnn()  # strides 4 to 64
+    pair = look(dict(model=student), dict(model=teacher))
+    assert [level.stride for level in pair.levels] == [8, 16, 32, 64]
+    assert [level.student for level in pair.levels] == [0, 1, 2, 3]
+    assert [level.teacher for level in pair.levels] == [1, 2, 3, 4]
+
+
+def test_scores_of_other_classes_are_not_compared():
+    one, other = tiny.retinanet(classes=3), tiny.retinanet(classes=4)
+    pair = look(dict(model=one), dict(model=other))
+    assert not any(level.scores for level in pair.levels)
+    with pytest.raises(ValueError, match='no class scores of one shape'):
+        recipe('cwd_scores', pair)
+
+
+def test_a_look_leaves_the_random_state_as_it_was(pair):
+    import torch
+
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    model = dict(model=tiny.retinanet())
+    look(model, model)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_without_a_common_stride_the_two_cannot_be_paired():
+    one, other = tiny.retinanet(), tiny.retinanet()
+    one.neck.end_level, one.neck.num_outs = 2, 2  # 8 and 16
+    one.bbox_head.anchor_generator.strides = [8, 16]
+    other.neck.start_level = 3
+    other.neck.num_outs = 2  # 32 and 64
+    other.bbox_head.anchor_generator.strides = [32, 64]
+    with pytest.raises(ValueError, match=r'no stride.*\[8, 16\].*\[32, 64\]'):
+        look(dict(model=one), dict(model=other))
+
+
+# Terms -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('method', sorted(RECIPES))
+@pytest.mark.parametrize('share', [None, 0.5])
+def test_every_method_trains_a_pair_of_unequal_widths(build, method, share):
+    student, teacher = tiny.retinanet(), tiny.retinanet(channels=24)
+    pair = look(dict(model=student), dict(model=teacher), 'big')
+    model = build(student, teacher, recipe(method, pair, share))
+    losses = model.loss(*tiny.batch())
+    shares = [v for k, v in losses.items() if k.startswith('loss_kd')]
+    tiny.total(dict(loss=sum(shares))).backward() if any(
+        one.requires_grad for one in shares
+    ) else None
+    reached = model.backbone.conv1.weight.grad is not None
+    assert reached == (method != 'inherit')
+
+
+def test_channels_that_differ_get_a_convolution():
+    one, other = tiny.retinanet(), tiny.retinanet(channels=24)
+    pair = look(dict(model=one), dict(model=other))
+    align = recipe('pkd', pair)['pkd']['align']
+    assert align['in_channels'] == [16] * 5
+    assert align['out_channels'] == [24] * 5
+    assert 'align' not in recipe('rkd', pair)['rkd'], 'compares no channels'
+
+
+def test_channels_that_agree_get_none(pair):
+    assert 'align' not in recipe('pkd', pair)['pkd']
+
+
+def test_a_share_wraps_and_none_keeps_published_weights(pair):
+    ((name, group),) = recipe('pkd', pair, 0.5).items()
+    assert (name, group['type']) == ('balanced', 'mmkd.BalancedTerm')
+    assert group['share'] == 0.5
+    assert group['terms'] == recipe('pkd', pair)
+    assert recipe('pkd', pair)['pkd']['loss']['loss_weight'] == 10.0
+
+
+def test_published_weights_are_those_of_the_coco_configs(pair):
+    """The losses of a recipe are those that the method's config has."""
+    init_default_scope('mmdet')
+    files = dict(
+        pkd='pkd/pkd_retinanet_r50-from-r101_fpn_1x_coco.py',
+        cwd='cwd/cwd_retinanet_r50-from-x101-64x4d_fpn_2x_coco.py',
+        at='at/at_retinanet_r50-from-r101_fpn_1x_coco.py',
+        mimic='mimic/mimic_gfl_r50-from-r101_fpn_1x_coco.py',
+        fgd='fgd/fgd_retinanet_r50-from-r101_fpn_2x_coco.py',
+        mgd='mgd/mgd_retinanet_r50-from-x101-64x4d_fpn_2x_coco.py',
+        defeat='defeat/defeat_retinanet_r50-from-r101_fpn_1x_coco.py',
+    )
+    for method, file in files.items():
+        published = Config.fromfile(f'configs/{file}').model.terms[method].loss
+        ours = recipe(method, pair)[method]['loss']
+        one, other = (
+            MODELS.build(dict(loss, **narrow))
+            for loss, narrow in (
+                (ours, {}),
+                (published, {'channels': 16} if 'channels' in ours else {}),
+            )
+        )
+        settings = [
+            {
+                key: value
+                for key, value in vars(loss).items()
+                if isinstance(value, (int, float, bool))
+            }
+            for loss in (one, other)
+        ]
+        assert settings[0] == settings[1], method
+
+
+def test_the_default_uses_scores_only_where_heads_agree(pair):
+    full = recipe(DEFAULT, pair)['default']
+    assert list(full['terms']) == ['pkd', 'cwd_scores']
+    other = look(dict(model=tiny.retinanet()), dict(model=tiny.faster_rcnn()))
+    assert list(recipe(DEFAULT, other)['default']['terms']) == ['pkd']
+
+
+def test_a_method_without_anchors_says_what_else_there_is(pair):
+    from dataclasses import replace
+
+    free = replace(pair, student=dict(type='FCOS', bbox_head=dict()))
+    with pytest.raises(ValueError, match=r'FCOS has none.*fgd'):
+        recipe('fgfi', free)
+
+
+def test_a_misspelt_method_gets_the_nearest_name(pair):
+    with pytest.raises(ValueError, match="Did you mean 'fgd'"):
+        recipe('fgdd', pair)
