@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)  # configs name data and checkpoints from here
-sys.path[:0] = [str(ROOT), str(ROOT / 'demo')]
+sys.path.insert(0, str(ROOT))
 
 # mmengine 0.10.7 asks setuptools for it, which says so at each import.
 os.environ.setdefault('PYTHONWARNINGS', 'ignore:pkg_resources')
@@ -29,7 +29,8 @@ os.environ.setdefault('PYTHONWARNINGS', 'ignore:pkg_resources')
 warnings.simplefilter('ignore')
 
 import torch  # noqa: E402
-from runs import Run, carry_out  # noqa: E402
+
+from mmkd.laboratory.runs import DONE, Run, carry_out  # noqa: E402
 
 CONFIGS = ROOT / 'demo' / 'configs'
 #: Seconds that evaluation, table and pictures take after the trainings.
@@ -48,9 +49,8 @@ def main() -> None:
     )
     prepare(args.source)
     runs = plan(args.folder, args.seed)
-    teacher, alone, distilled = runs
     cores = min(2, os.cpu_count() or 1)
-    carry_out([[teacher], [alone, distilled]], cores, AFTERWARDS)
+    carry_out(runs, cores, AFTERWARDS, ended=refuse_failure)
     print('Counting, timing and drawing ...')
     with redirect_stdout(None):  # mmengine and pycocotools chat
         table, facts = compare(runs, args.seed)
@@ -90,7 +90,8 @@ def plan(folder: Path, seed: int) -> tuple[Run, Run, Run]:
         'teacher',
         CONFIGS / 'teacher.py',
         Path('work_dirs/demo/teacher'),
-        guess=0.6,
+        guess=0.4,
+        cores=2,
     )
     options = (f'randomness.seed={seed}',)
     alone = Run(
@@ -98,7 +99,7 @@ def plan(folder: Path, seed: int) -> tuple[Run, Run, Run]:
         CONFIGS / 'student.py',
         folder / 'alone',
         options,
-        guess=0.4,
+        guess=0.2,
     )
     file = f'model.teachers.lite.checkpoint={teacher.final}'
     distilled = Run(
@@ -106,9 +107,15 @@ def plan(folder: Path, seed: int) -> tuple[Run, Run, Run]:
         CONFIGS / 'distilled.py',
         folder / 'distilled',
         (*options, file),
-        guess=0.6,
+        guess=0.35,
+        needs=(teacher,),
     )
     return teacher, alone, distilled
+
+
+def refuse_failure(run: Run) -> None:
+    if run.status != DONE:
+        raise RuntimeError(run.reason)
 
 
 def compare(runs: tuple[Run, ...], seed: int) -> tuple[str, dict]:
@@ -165,13 +172,6 @@ def as_table(facts: dict) -> str:
 def test_scores(run: Run) -> dict[str, float]:
     """AP, AP50 and AP75 of the last checkpoint on the test split."""
     folder = run.folder / 'test'
-    command = [sys.executable, 'tools/test.py', str(run.config)]
-    command += [str(run.final), '--work-dir', str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(
-            f'{run.name!r} could not be tested:\n{done.stderr[-2000:]}'
-        )
     newest = max(folder.glob('*/*.json'), key=lambda one: one.stat().st_mtime)
     metrics = json.loads(newest.read_text())
     names = {'AP': 'mAP', 'AP50': 'mAP_50', 'AP75': 'mAP_75'}

@@ -519,3 +519,7 @@ def _flipping(dataset: ConfigDict) -> list:
         ],
     )
     return pipeline
+
+
+if __name__ == '__main__':
+    sys.exit(main())

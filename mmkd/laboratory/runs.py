@@ -1,38 +1,50 @@
-"""Trainings that run side by side, can be broken off, and go on later."""
+"""Trainings that share a machine, can be broken off, and go on later."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from mmdet.registry import DATASETS
 from mmengine.config import Config
 
 from mmkd.analysis.curves import ap_history
 
-ROOT = Path(__file__).resolve().parent.parent
-TRAIN = [sys.executable, str(ROOT / 'tools' / 'train.py')]
+PACKAGE = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, '-m', 'mmkd.cli']
+#: Ends of a run, as reports name them.
+DONE, FAILED, TIMED_OUT, MISSING = 'done', 'failed', 'timed out', 'missing'
 
 
 @dataclass
 class Run:
-    """One training of the demo.
+    """One training, and the test of its last checkpoint.
 
     Attributes:
-        name: Shown to the reader; name of its folder, too.
+        name: Shown to the reader.
         config: Its config file.
-        folder: Where its checkpoints and logs lie.
+        folder: Where its checkpoints, logs and predictions lie.
         options: Settings that replace the config's, as on a command line.
         guess: Seconds an iteration takes, until the log tells.
+        cores: Processor cores it uses.
+        needs: Runs whose checkpoints it reads.
+        keys: Digests of what else decides its result: code, data, teacher.
+        timeout: Seconds after which it is ended; never if None.
+        weights: A finished checkpoint, which is then only tested.
+        status, reason: How it ended, and why.
     """
 
     name: str
@@ -40,55 +52,97 @@ class Run:
     folder: Path
     options: tuple[str, ...] = ()
     guess: float = 0.5
+    cores: int = 1
+    needs: tuple[Run, ...] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
+    timeout: float | None = None
+    weights: Path | None = None
+    status: str = MISSING
+    reason: str | None = None
     _process: subprocess.Popen | None = field(default=None, repr=False)
+    _stage: str = field(default='', repr=False)
+    _begin: float = field(default=0.0, repr=False)
 
     @cached_property
     def settings(self) -> Config:
         return Config.fromfile(self.config)
 
-    @property
+    @cached_property
     def iterations(self) -> int:
-        return self.settings.train_cfg.max_iters
+        return iterations(self.settings)
 
     @property
     def final(self) -> Path:
-        return self.folder / f'iter_{self.iterations}.pth'
+        """The last checkpoint."""
+        if self.weights is not None:
+            return self.weights
+        loop = self.settings.train_cfg
+        if 'max_epochs' in loop:
+            return self.folder / f'epoch_{loop.max_epochs}.pth'
+        return self.folder / f'iter_{loop.max_iters}.pth'
+
+    @property
+    def predictions(self) -> Path:
+        """Detections in the test images, in COCO's result format."""
+        return self.folder / 'test' / 'predictions.bbox.json'
 
     @property
     def done(self) -> bool:
-        return self.final.is_file() and self._matches()
+        return (
+            self.final.is_file()
+            and self.predictions.is_file()
+            and self._matches()
+        )
 
     def fingerprint(self) -> str:
         """Digest of all that decides what the run gives."""
         text = str(self.settings.to_dict())
         text += ' '.join(self.options)
+        text += ''.join(f'{key} {self.keys[key]}' for key in sorted(self.keys))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _matches(self) -> bool:
         stamp = self.folder / 'fingerprint'
         return stamp.is_file() and stamp.read_text() == self.fingerprint()
 
-    def start(self, threads: int) -> None:
+    @property
+    def stale(self) -> bool:
+        """Whether its folder holds results of other settings or code."""
+        return self.folder.is_dir() and not self._matches()
+
+    def start(self) -> None:
         """Begin, or go on from the last checkpoint."""
-        if self.folder.is_dir() and not self._matches():
+        if self.stale:
             self._set_aside()
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / 'fingerprint').write_text(self.fingerprint())
-        command = [*TRAIN, str(self.config), '--work-dir', str(self.folder)]
-        command += ['--resume']
-        if self.options:
-            command += ['--cfg-options', *self.options]
+        self._begin = time.time()
+        self._launch('test' if self.final.is_file() else 'train')
+
+    def _launch(self, stage: str) -> None:
+        options = list(self.options)
+        if stage == 'train':
+            words = [str(self.config), '--work-dir', str(self.folder)]
+            words += ['--resume']
+        else:
+            folder = self.folder / 'test'
+            words = [str(self.config), str(self.final)]
+            words += ['--work-dir', str(folder)]
+            prefix = str(self.predictions).removesuffix('.bbox.json')
+            options.append(f'test_evaluator.outfile_prefix={prefix}')
+        if options:
+            words += ['--cfg-options', *options]
         environment = dict(
             os.environ,
-            OMP_NUM_THREADS=str(threads),
+            OMP_NUM_THREADS=str(self.cores),
             PYTHONPATH=os.pathsep.join(
-                [str(ROOT), os.environ.get('PYTHONPATH', '')]
+                [str(PACKAGE.parent), os.environ.get('PYTHONPATH', '')]
             ),
         )
+        self._stage = stage
         with (self.folder / 'output.txt').open('a') as output:
             self._process = subprocess.Popen(
-                command,
-                cwd=ROOT,
+                [*COMMAND, stage, *words],
                 env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -107,24 +161,34 @@ class Run:
         )
 
     def poll(self) -> bool:
-        """Whether it is still running.
-
-        Raises:
-            RuntimeError: If it ended without its last checkpoint; the message
-                ends with what it printed last.
-        """
+        """Whether it is still running; notes how it ended."""
         if self._process is None:
             return False
         if self._process.poll() is None:
+            late = time.time() - self._begin > (self.timeout or math.inf)
+            if late:
+                self._process.kill()
+                self._end(TIMED_OUT, f'after {self.timeout / 60:.0f} minutes')
+            return not late
+        if self._stage == 'train' and self.final.is_file():
+            self._launch('test')
             return True
-        if not self.final.is_file():
-            lines = (self.folder / 'output.txt').read_text().splitlines()
-            raise RuntimeError(
-                f'The training of {self.name!r} stopped early. Its last '
-                f'words, from {self.folder / "output.txt"}:\n'
-                + '\n'.join(lines[-12:])
-            )
+        if self.done:
+            self._end(DONE)
+        else:
+            self._end(FAILED, self._last_words())
         return False
+
+    def _end(self, status: str, reason: str | None = None) -> None:
+        self.status, self.reason, self._process = status, reason, None
+
+    def _last_words(self) -> str:
+        lines = (self.folder / 'output.txt').read_text().splitlines()
+        return (
+            f'The {self._stage} of {self.name!r} stopped early. Its last '
+            f'words, from {self.folder / "output.txt"}:\n'
+            + '\n'.join(lines[-12:])
+        )
 
     def stop(self, patience: float = 60.0) -> None:
         """Ask it to write a checkpoint and end."""
@@ -138,16 +202,7 @@ class Run:
 
     def log(self) -> list[dict]:
         """Training lines of MMEngine's log, those of resumed runs too."""
-        lines = []
-        for path in sorted(self.folder.glob('*/vis_data/scalars.json')):
-            for text in path.read_text().splitlines():
-                try:
-                    line = json.loads(text)
-                except json.JSONDecodeError:
-                    continue  # being written this moment
-                if 'loss' in line:
-                    lines.append(line)
-        return lines
+        return [line for line in log_lines(self.folder) if 'loss' in line]
 
     def curve(self) -> list[tuple[int, float]]:
         """AP in percent after so many iterations."""
@@ -163,63 +218,161 @@ class Run:
         pace = times[len(times) // 2] if times else self.guess
         return at, (self.iterations - at) * pace
 
+    def seconds(self) -> float:
+        """Time of its training steps, loading of data included."""
+        total, before = 0.0, 0
+        for line in sorted(self.log(), key=lambda line: line['iter']):
+            total += line['time'] * max(line['iter'] - before, 0)
+            before = max(before, line['iter'])
+        return total
+
+
+def iterations(settings: Config) -> int:
+    """Training steps that a config asks for."""
+    loop = settings.train_cfg
+    if 'max_iters' in loop:
+        return loop.max_iters
+    from mmengine.registry import init_default_scope
+
+    init_default_scope(settings.get('default_scope', 'mmdet'))
+    loader = settings.train_dataloader
+    images = len(DATASETS.build(loader.dataset))
+    return loop.max_epochs * math.ceil(images / loader.batch_size)
+
+
+def log_lines(folder: Path) -> list[dict]:
+    """Every line of the logs below a folder, an unfinished last one left
+    out."""
+    lines = []
+    for path in sorted(folder.glob('*/vis_data/scalars.json')):
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue  # being written this moment
+    return lines
+
 
 def carry_out(
-    groups: Sequence[Sequence[Run]], cores: int, after: float = 0.0
+    runs: Sequence[Run],
+    cores: int,
+    after: float = 0.0,
+    budget: float | None = None,
+    ended: Callable[[Run], Any] = lambda run: None,
 ) -> None:
-    """Train what is not done yet, each group side by side.
+    """Carry out what is not done yet, as many at a time as cores allow.
 
     Args:
-        groups: Runs that may share the machine, group after group.
+        runs: In the order of their start. One whose ``needs`` are not done is
+            left out.
         cores: Processor cores to use.
         after: Seconds that the steps after the trainings take.
+        budget: Seconds after which no further run is started; no end if None.
+        ended: Called with each run that has ended, well or not.
 
     Raises:
-        RuntimeError: If a training fails.
         KeyboardInterrupt: If the reader breaks off; the trainings have written
             their checkpoints by then.
     """
-    for index, group in enumerate(groups):
-        waiting = [run for run in group if not run.done]
-        for run in group:
-            if run.done:
-                print(f'{run.name}: done before, {run.final}')
-        if not waiting:
-            continue
-        for run in waiting:
-            run.start(threads=max(1, cores // len(waiting)))
-        later = [run for rest in groups[index + 1 :] for run in rest]
-        try:
-            _watch(waiting, later, after)
-        except BaseException:
-            print('\nStopping; each training writes a checkpoint ...')
-            for run in waiting:
-                run.stop()
-            raise
-
-
-def _watch(running: Iterable[Run], later: Iterable[Run], after: float) -> None:
-    begin = shown = time.time()
+    begin = time.time()
+    waiting = []
+    for run in runs:
+        if run.done:
+            run.status = DONE
+            print(f'{run.name}: done before, {run.folder}')
+            ended(run)
+        else:
+            waiting.append(run)
+    running: list[Run] = []
+    shown = begin
     live = sys.stdout.isatty()
-    running = list(running)
-    while sum(run.poll() for run in running):  # each is looked at
-        time.sleep(0.5)
-        if time.time() - shown < (1 if live else 15):
+    before = _listen()
+    try:
+        while True:
+            over = budget is not None and time.time() - begin > budget
+            if not over:
+                _start_what_fits(waiting, running, cores)
+            if not running:
+                break
+            time.sleep(0.5)
+            for run in [run for run in running if not run.poll()]:
+                running.remove(run)
+                _tell_end(run, live)
+                ended(run)
+            if time.time() - shown >= (1 if live else 15) and running:
+                shown = time.time()
+                _tell(running, waiting, cores, after, live)
+    except BaseException:
+        print('\nStopping; each training writes a checkpoint ...')
+        for run in running:
+            run.stop()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _listen() -> dict[int, Any]:
+    """Let both signals that end a program end the trainings, too.
+
+    A command in a script's background would not hear Ctrl-C's, and one that
+    dies of the other would leave its trainings behind.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+
+
+def _start_what_fits(
+    waiting: list[Run], running: list[Run], cores: int
+) -> None:
+    for run in list(waiting):
+        free = cores - sum(one.cores for one in running)
+        if run.cores > free and running:
+            return  # in order, so that a wide run is not put off for ever
+        if any(one in waiting or one in running for one in run.needs):
             continue
-        shown = time.time()
-        places = {run.name: run.position() for run in running}
-        left = max(seconds for _, seconds in places.values())
-        left += sum(run.position()[1] for run in later) + after
-        parts = [
-            f'{run.name} {places[run.name][0]}/{run.iterations}{_ap(run)}'
-            for run in running
-        ]
-        text = f'{" | ".join(parts)} | about {left / 60:.1f} min left in all'
-        print(f'\r\x1b[K{text}' if live else text, end='' if live else '\n')
-        sys.stdout.flush()
-    names = ', '.join(run.name for run in running)
+        waiting.remove(run)
+        broken = [one for one in run.needs if not one.done]
+        if broken:
+            run.status = MISSING
+            run.reason = f'{broken[0].name} is not done'
+            continue
+        run.start()
+        running.append(run)
+
+
+def _tell(
+    running: Sequence[Run],
+    waiting: Sequence[Run],
+    cores: int,
+    after: float,
+    live: bool,
+) -> None:
+    left = (
+        sum(run.position()[1] * run.cores for run in (*running, *waiting))
+        / cores
+    )
+    left = max(left, *(run.position()[1] for run in running)) + after
+    parts = [
+        f'{run.name} {run.position()[0]}/{run.iterations}{_ap(run)}'
+        for run in running
+    ]
+    more = f' | {len(waiting)} to come' if waiting else ''
+    text = f'{" | ".join(parts)}{more} | about {left / 60:.1f} min left in all'
+    print(f'\r\x1b[K{text}' if live else text, end='' if live else '\n')
+    sys.stdout.flush()
+
+
+def _tell_end(run: Run, live: bool) -> None:
+    words = {DONE: 'trained and tested'}.get(run.status, run.status)
+    minutes = (time.time() - run._begin) / 60
     end = '\r\x1b[K' if live else ''
-    print(f'{end}{names}: trained in {(time.time() - begin) / 60:.1f} min')
+    print(f'{end}{run.name}: {words} in {minutes:.1f} min{_ap(run)}')
+    sys.stdout.flush()
 
 
 def _ap(run: Run) -> str:

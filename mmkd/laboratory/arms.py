@@ -1,0 +1,258 @@
+"""The arms of a comparison: what is trained, as configs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from mmengine.config import Config, ConfigDict
+
+from mmkd.configs import OWN_KEYS, student_config
+from mmkd.laboratory.runs import iterations
+from mmkd.recipes import RECIPES, Pair, inherits, recipe
+
+#: A part of the schedule that starts at 0 and ends within this share of the
+#: training is a warm-up, whose length a longer training keeps.
+WARM_UP = 0.2
+#: How often a distilled run measures what its terms do.
+MEASUREMENTS = 10
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training, for every seed.
+
+    Attributes:
+        name: Name of its folder, and in reports.
+        title: How a report calls it.
+        kind: ``'alone'``, ``'time'``, ``'distilled'``, ``'sham'`` or
+            ``'inherited'``.
+        settings: Its config, without seed.
+        method: The method it learns by.
+        step_ratio: Time of a step relative to the student's alone.
+    """
+
+    name: str
+    title: str
+    kind: str
+    settings: Config = field(repr=False)
+    method: str | None = None
+    step_ratio: float | None = None
+
+
+def alone(student: Config) -> Arm:
+    """The student without a teacher."""
+    return Arm('alone', 'student alone', 'alone', student, step_ratio=1.0)
+
+
+def same_time(student: Config, ratio: float, methods: Sequence[str]) -> Arm:
+    """The student alone, trained as long as a distilled one takes.
+
+    Args:
+        student: The student's config.
+        ratio: Time of a distilled step relative to one alone.
+        methods: The methods that take this long.
+    """
+    return Arm(
+        f'alone_x{ratio:.2f}',
+        f'student alone, {ratio:.2f} times the steps',
+        'time',
+        stretch(student, ratio),
+        method=','.join(methods),
+        step_ratio=1.0,
+    )
+
+
+def distilled(
+    student: Config,
+    teacher: Mapping,
+    pair: Pair,
+    method: str,
+    share: float | None = None,
+    sham: bool = False,
+) -> Arm:
+    """The student taught by a method.
+
+    Args:
+        student: The student's config.
+        teacher: Config and checkpoint of the teacher.
+        pair: What the two have in common.
+        method: A recipe's name, or the path of a config with ``terms``.
+        share: Weight by gradient; None keeps published weights.
+        sham: Show the teacher another image: the control.
+    """
+    own = Config.fromfile(method) if method not in RECIPES else None
+    name = Path(method).stem
+    if own is not None:
+        terms, teacher = _taken_from(own, teacher, method)
+    else:
+        terms = recipe(method, pair, share)
+        teacher = dict(teacher, inherit=inherits(method))
+    settings = copy.deepcopy(student)
+    plain = student_config(settings.model)
+    kind = plain.type
+    settings.model = ConfigDict(
+        plain,
+        type='mmkd.Distiller',
+        student=kind,
+        teachers={pair.teacher: dict(teacher, sham=sham)},
+        terms=terms,
+    )
+    settings.custom_hooks = [
+        *(settings.get('custom_hooks') or []),
+        dict(
+            type='mmkd.DiagnosticsHook',
+            interval=max(iterations(settings) // MEASUREMENTS, 1),
+        ),
+    ]
+    if own is not None:
+        _take_the_rest(settings, own)
+    if sham:
+        return Arm(f'{name}_sham', f'{name}, sham', 'sham', settings, name)
+    kind = 'inherited' if inherits(method) else 'distilled'
+    return Arm(name, name, kind, settings, name)
+
+
+def _taken_from(
+    own: Config, teacher: Mapping, method: str
+) -> tuple[dict, dict]:
+    missing = [key for key in OWN_KEYS if key not in own.model]
+    if missing:
+        raise ValueError(
+            f'{method} is no distillation config: its model has no '
+            f'{missing[0]!r}. Name a config of type mmkd.Distiller, or a '
+            f'recipe: {", ".join(RECIPES)}.'
+        )
+    if len(own.model.teachers) > 1:
+        raise ValueError(
+            f'{method} has {len(own.model.teachers)} teachers; a comparison '
+            f'has one.'
+        )
+    name, (extra,) = 'teacher', own.model.teachers.values()
+    terms = copy.deepcopy(own.model.terms.to_dict())
+    _rename(terms, next(iter(own.model.teachers)), name)
+    return terms, dict(teacher, inherit=extra.get('inherit', False))
+
+
+def _rename(terms: dict, old: str, new: str) -> None:
+    for value in terms.values():
+        if isinstance(value, dict):
+            if value.get('teacher') == old:
+                value['teacher'] = new
+            _rename(value, old, new)
+
+
+def _take_the_rest(settings: Config, own: Config) -> None:
+    """What a method's card names besides the model: the clipping."""
+    clip = own.get('optim_wrapper', {}).get('clip_grad')
+    if clip:
+        settings.optim_wrapper.clip_grad = clip
+
+
+def stretch(settings: Config, ratio: float) -> Config:
+    """A config that trains longer, its schedule stretched with it.
+
+    Warm-ups keep their length. Epochs are rounded up.
+
+    Args:
+        settings: A training config.
+        ratio: Of the new length to the old, 1 or more.
+
+    Example:
+        >>> decay = dict(type='MultiStepLR', by_epoch=False, milestones=[80])
+        >>> longer = stretch(
+        ...     Config(
+        ...         dict(
+        ...             train_cfg=dict(max_iters=100), param_scheduler=[decay]
+        ...         )
+        ...     ),
+        ...     1.5,
+        ... )
+        >>> longer.train_cfg.max_iters, longer.param_scheduler[0].milestones
+        (150, [120])
+    """
+    settings = copy.deepcopy(settings)
+    loop = settings.train_cfg
+    unit = 'max_epochs' if 'max_epochs' in loop else 'max_iters'
+    old = loop[unit]
+    loop[unit] = new = math.ceil(round(old * ratio, 6))
+    by_epoch = unit == 'max_epochs'
+    found = settings.get('param_scheduler') or []
+    schedulers = list(found) if isinstance(found, (list, tuple)) else [found]
+    warm = max(
+        (
+            one['end']
+            for one in schedulers
+            if one.get('begin', 0) == 0
+            and 0 < one.get('end', 0) <= WARM_UP * old
+            and one.get('by_epoch', True) == by_epoch
+        ),
+        default=0,
+    )
+
+    def moved(place: int) -> int:
+        if place <= warm:
+            return place
+        return round(warm + (place - warm) * (new - warm) / (old - warm))
+
+    for one in schedulers:
+        if one.get('by_epoch', True) != by_epoch:
+            continue  # a warm-up counted in iterations
+        begin, end = one.get('begin', 0), one.get('end')
+        for key in ('begin', 'end'):
+            if one.get(key) is not None:
+                one[key] = moved(one[key])
+        if 'milestones' in one:
+            one['milestones'] = [moved(place) for place in one['milestones']]
+        if one.get('T_max') is not None:
+            last = begin + one['T_max'] if end is None else end
+            one['T_max'] = moved(last) - moved(begin)
+    return settings
+
+
+def seeded(arm: Arm, seed: int, labels: int | None, images: int) -> Config:
+    """An arm's config for one seed.
+
+    The seed fixes initial weights, order of images and their augmentation, as
+    in every training, and here also which images are labelled: the same in
+    all arms.
+
+    Args:
+        arm: The arm.
+        seed: The seed.
+        labels: Number of images the student trains on; all if None.
+        images: Images in the training set.
+
+    Raises:
+        ValueError: If there are fewer images.
+    """
+    settings = copy.deepcopy(arm.settings)
+    settings.randomness = ConfigDict(
+        settings.get('randomness') or {}, seed=seed
+    )
+    if labels is not None:
+        dataset = settings.train_dataloader.dataset
+        while 'dataset' in dataset:
+            dataset = dataset.dataset
+        dataset.indices = subset(seed, labels, images)
+    return settings
+
+
+def subset(seed: int, labels: int, images: int) -> list[int]:
+    """Which images are labelled; those of fewer labels are among them.
+
+    Example:
+        >>> set(subset(0, 2, 10)) < set(subset(0, 5, 10))
+        True
+    """
+    if not 0 < labels <= images:
+        raise ValueError(
+            f'labels={labels} of a training set of {images} images. Ask for 1 '
+            f'to {images}.'
+        )
+    order = np.random.default_rng([seed, 20]).permutation(images)
+    return sorted(order[:labels].tolist())

@@ -1,0 +1,507 @@
+"""The command that finds out whether a teacher helps.
+
+Trains a student alone, alone for as long as distillation takes, distilled, and
+distilled from a sham teacher, for several seeds, and writes one report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from mmkd.analysis.report import diff, write_report
+from mmkd.checks import check_name, suggest
+from mmkd.configs import read_config, student_config
+from mmkd.laboratory import arms as build
+from mmkd.laboratory.arms import Arm
+from mmkd.laboratory.digests import (
+    code_digest,
+    config_digest,
+    data_digest,
+    file_digest,
+)
+from mmkd.laboratory.pace import ratios, step_times
+from mmkd.laboratory.results import (
+    Trials,
+    arm_entry,
+    comparisons,
+    data_facts,
+    machine,
+    metrics,
+    ranking,
+    show_cases,
+    versions,
+)
+from mmkd.laboratory.runs import DONE, Run, carry_out
+from mmkd.recipes import DEFAULT, RECIPES, Pair, look
+
+ARMS = ('alone', 'time', 'distilled', 'sham')
+#: Ratios of step times are rounded up to this, so that methods share a
+#: control.
+GRAIN = 0.1
+#: A run is ended after so many times the seconds that it was expected to take.
+PATIENCE = 6.0
+
+#: A setting file's ``laboratory``; the command line replaces each.
+SETTINGS = dict(
+    title='',
+    note='',
+    student=None,
+    teacher=None,
+    teacher_checkpoint=None,
+    methods=(DEFAULT,),
+    arms=ARMS,
+    seeds=(0, 1, 2, 3, 4, 5),
+    labels=None,
+    share=1.0,
+    draws=1000,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``compare.py``.
+
+    Args:
+        arguments: Words of the command line; those of the process if None.
+
+    Returns:
+        Exit status: 0, 1 after a message on what to do, 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    # mmdet 3.3.0 warns of its own attributes at each detector.
+    warnings.simplefilter('ignore')
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore')
+    try:
+        if options.diff:
+            one, other = (
+                json.loads(Path(path).read_text(encoding='utf-8'))
+                for path in options.diff
+            )
+            print(diff(one, other))
+            return 0
+        setting = _setting(options)
+        command = shlex.join(
+            ['python', 'tools/compare.py', *(arguments or sys.argv[1:])]
+        )
+        folder = Path(options.work_dir or setting.folder)
+        comparison = Comparison(setting, folder, options, command)
+        comparison.run()
+        files = comparison.report()
+    except KeyboardInterrupt:
+        print('\nStopped. The same command goes on from here.')
+        return 130
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f'compare.py: {error}', file=sys.stderr)
+        return 1
+    for path in files.values():
+        print(f'  {path}')
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='compare.py',
+        description='Does a teacher help this student? Trains all arms for '
+        'several seeds and writes one report. What is done is not done again.',
+    )
+    parser.add_argument(
+        'config',
+        nargs='?',
+        help="a setting (a config with `laboratory`) or the student's config",
+    )
+    parser.add_argument('--teacher', help="the teacher's config")
+    parser.add_argument(
+        '--teacher-checkpoint', help='its weights; trained first if not given'
+    )
+    parser.add_argument(
+        '--methods',
+        nargs='+',
+        metavar='METHOD',
+        help=f'recipes ({", ".join(RECIPES)}) or distillation configs',
+    )
+    parser.add_argument(
+        '--arms',
+        nargs='+',
+        metavar='ARM',
+        help=f'of {", ".join(ARMS)}; all by default',
+    )
+    parser.add_argument('--seeds', nargs='+', type=int, metavar='SEED')
+    parser.add_argument(
+        '--labels',
+        type=int,
+        help='train the student on so many images, another choice each seed',
+    )
+    parser.add_argument(
+        '--share',
+        type=float,
+        help="a method's gradient relative to the detection loss's (default "
+        '1.0); 0 keeps published weights',
+    )
+    parser.add_argument('--draws', type=int, help='of the bootstrap')
+    parser.add_argument('--title')
+    parser.add_argument('--note')
+    parser.add_argument(
+        '--jobs',
+        type=int,
+        default=min(2, os.cpu_count() or 1),
+        help='trainings at a time, one thread each',
+    )
+    parser.add_argument(
+        '--budget', type=float, help='minutes after which none is started'
+    )
+    parser.add_argument(
+        '--timeout', type=float, help='minutes after which a run is ended'
+    )
+    parser.add_argument('--work-dir')
+    parser.add_argument(
+        '--report-only',
+        action='store_true',
+        help='write the report of what is there, train nothing',
+    )
+    parser.add_argument(
+        '--diff',
+        nargs=2,
+        metavar='RESULTS_JSON',
+        help='compare two reports of one experiment',
+    )
+    return parser
+
+
+def _setting(options: argparse.Namespace) -> ConfigDict:
+    if options.config is None:
+        raise ValueError(
+            'which experiment? Name a setting, for instance '
+            'configs/laboratory/shapes/quick.py, or a student and --teacher.'
+        )
+    config = read_config(options.config, 'compare.py')
+    given = config.get('laboratory') or dict(student=options.config)
+    for name in given:
+        check_name(f'laboratory in {options.config}', 'key', name, SETTINGS)
+    said = {
+        name: value
+        for name, value in vars(options).items()
+        if name in SETTINGS and value is not None
+    }
+    setting = ConfigDict({**SETTINGS, **given, **said})
+    setting.folder = str(Path('work_dirs', 'laboratory', _name(options)))
+    if setting.teacher is None:
+        raise ValueError(
+            f'{options.config} names no teacher. Add --teacher CONFIG, and '
+            f'--teacher-checkpoint FILE if it is trained.'
+        )
+    for arm in setting.arms:
+        check_name('compare.py', 'arm', arm, ARMS)
+    for method in setting.methods:
+        if method not in RECIPES and not Path(method).is_file():
+            raise ValueError(
+                f'compare.py has no method {method!r}, and there is no config '
+                f'of that name. {suggest(method, RECIPES)}'
+            )
+    setting.title = setting.title or _name(options).replace('/', ', ')
+    return setting
+
+
+def _name(options: argparse.Namespace) -> str:
+    path = Path(options.config.split('::')[-1])
+    return f'{path.parent.name}/{path.stem}' if path.parent.name else path.stem
+
+
+class Comparison:
+    """One experiment, from its setting to its report.
+
+    Args:
+        setting: What to compare, keys of :data:`SETTINGS`.
+        folder: Where everything is written.
+        options: The command line: jobs, budget, timeout, report_only.
+        command: How to repeat it.
+    """
+
+    def __init__(
+        self,
+        setting: Mapping,
+        folder: Path,
+        options: argparse.Namespace,
+        command: str,
+    ) -> None:
+        self.setting, self.folder = setting, folder
+        self.options, self.command = options, command
+        self.student = read_config(setting.student, 'The student')
+        self.student.model = student_config(self.student.model)
+        self.data = data_digest(self.student)
+        self.teacher = self._teacher_run()
+
+    def run(self) -> None:
+        """Train and test whatever is not done."""
+        train = not self.options.report_only
+        if train:
+            carry_out([self.teacher], self.options.jobs)
+        self.teacher.status = DONE if self.teacher.done else 'missing'
+        if not self.teacher.done:
+            raise RuntimeError(
+                self.teacher.reason
+                or f'{self.teacher.folder} holds no finished teacher; leave '
+                f'out --report-only to train it.'
+            )
+        self.trials = self._trials()
+        runs = [
+            self.trials.runs[arm.name, seed]
+            for seed in self.setting.seeds  # so that what there is, is paired
+            for arm in self.trials.arms
+        ]
+        if not train:
+            for run in runs:
+                run.status = DONE if run.done else 'missing'
+            return
+        budget = self.options.budget
+        carry_out(
+            runs,
+            self.options.jobs,
+            budget=None if budget is None else 60 * budget,
+        )
+
+    def report(self) -> dict[str, Path]:
+        """Write the report, and say in one line what came out."""
+        print('Comparing and drawing ...')
+        with redirect_stdout(None):  # mmengine and pycocotools chat
+            results = self.results()
+            folder = self.folder / 'report'
+            best = self._to_show(results)
+            if best:
+                folder.mkdir(parents=True, exist_ok=True)
+                results['cases'] = show_cases(
+                    self.trials, best, folder / 'cases.png'
+                )
+            return write_report(results, folder)
+
+    def results(self) -> dict[str, Any]:
+        """All numbers, as :func:`~mmkd.analysis.report.write_report` takes
+        them."""
+        trials, setting = self.trials, self.setting
+        taught = metrics(trials.matches(self.teacher))
+        return dict(
+            title=setting.title,
+            note=setting.note,
+            command=self.command,
+            metric='AP',
+            teacher=dict(
+                title='teacher',
+                metrics=taught,
+                config=str(setting.teacher),
+                checkpoint_sha256=file_digest(self.teacher.final),
+                **cost(self.teacher.settings),
+            ),
+            student=dict(config=str(setting.student), **cost(self.student)),
+            seeds=list(setting.seeds),
+            arms=[arm_entry(trials, arm) for arm in trials.arms],
+            comparisons=comparisons(trials, taught['AP'], setting.draws),
+            ranking=ranking(trials),
+            data=dict(
+                name=str(self.student.get('data_root', '')).strip('/'),
+                labels=setting.labels,
+                sha256=self.data,
+                **data_facts(self.student),
+            ),
+            versions=versions(),
+            machine=machine(),
+            hashes=dict(
+                code={
+                    arm.name: code_digest(arm.settings) for arm in trials.arms
+                },
+                config={
+                    arm.name: config_digest(arm.settings)
+                    for arm in trials.arms
+                },
+                data=self.data,
+            ),
+            stale=[
+                f'{name}, seed {seed}: made by other code, settings or data'
+                for (name, seed), run in trials.runs.items()
+                if run.stale
+            ],
+        )
+
+    # ------------------------------------------------------------- planning
+
+    def _teacher_run(self) -> Run:
+        settings = read_config(self.setting.teacher, 'The teacher')
+        file = self._write('teacher', settings)
+        given = self.setting.teacher_checkpoint
+        keys = dict(self.data, code=code_digest(settings))
+        if given is not None:
+            keys['weights'] = file_digest(Path(given))
+        return Run(
+            'teacher',
+            file,
+            self.folder / 'teacher',
+            cores=self.options.jobs,
+            keys=keys,
+            weights=None if given is None else Path(given),
+        )
+
+    def _trials(self) -> Trials:
+        pair = look(self.student, self.teacher.settings)
+        arms = self._arms(pair)
+        images = data_facts(self.student)['train_images']
+        runs = {}
+        weights = file_digest(self.teacher.final)
+        for arm in arms:
+            for seed in self.setting.seeds:
+                settings = build.seeded(arm, seed, self.setting.labels, images)
+                name = f'{arm.name}_seed{seed}'
+                file = self._write(name, settings)
+                keys = dict(self.data, code=code_digest(settings))
+                if 'teachers' in settings.model:
+                    keys['teacher'] = weights
+                run = Run(
+                    f'{arm.title}, seed {seed}',
+                    file,
+                    self.folder / arm.name / f'seed{seed}',
+                    keys=keys,
+                    guess=self.seconds * (arm.step_ratio or 1.0),
+                )
+                limit = self.options.timeout
+                run.timeout = (
+                    60 * limit
+                    if limit
+                    else 120 + PATIENCE * run.iterations * run.guess
+                )
+                runs[arm.name, seed] = run
+        return Trials(arms, runs, list(self.setting.seeds), self.teacher)
+
+    def _arms(self, pair: Pair) -> list[Arm]:
+        wanted, setting = self.setting.arms, self.setting
+        teacher = dict(
+            config=str(self.teacher.config), checkpoint=str(self.teacher.final)
+        )
+        first = build.alone(self.student)
+        taught = [
+            build.distilled(
+                self.student, teacher, pair, method, setting.share or None
+            )
+            for method in setting.methods
+        ]
+        times = self._times([first, *taught])
+        taught = [
+            replace(arm, step_ratio=round(times[arm.name], 3))
+            for arm in taught
+        ]
+        arms = [first] if 'alone' in wanted else []
+        if 'time' in wanted:
+            arms += self._controls(taught)
+        if 'distilled' in wanted:
+            arms += taught
+        if 'sham' in wanted:
+            arms += [
+                replace(
+                    build.distilled(
+                        self.student,
+                        teacher,
+                        pair,
+                        method,
+                        setting.share or None,
+                        sham=True,
+                    ),
+                    step_ratio=arm.step_ratio,
+                )
+                for method, arm in zip(setting.methods, taught)
+                if arm.kind == 'distilled'
+            ]
+        return arms
+
+    def _controls(self, taught: Sequence[Arm]) -> list[Arm]:
+        groups: dict[float, list[str]] = {}
+        for arm in taught:
+            steps = -(-arm.step_ratio // GRAIN)  # rounded up
+            ratio = max(round(steps * GRAIN, 6), 1.0)
+            groups.setdefault(ratio, []).append(arm.method)
+        return [
+            build.same_time(self.student, ratio, methods)
+            for ratio, methods in sorted(groups.items())
+            if ratio > 1
+        ]
+
+    def _times(self, arms: Sequence[Arm]) -> dict[str, float]:
+        """Ratios of step times, measured once and kept."""
+        path = self.folder / 'pace.json'
+        keys = {
+            arm.name: f'{config_digest(arm.settings)} '
+            f'{code_digest(arm.settings)}'
+            for arm in arms
+        }
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        missing = [
+            arm
+            for arm in arms
+            if known.get(arm.name, {}).get('key') != keys[arm.name]
+        ]
+        if missing:
+            print('Timing a training step of each arm ...')
+            first = arms[0]
+            with redirect_stdout(None):
+                times = step_times(
+                    {
+                        arm.name: arm.settings
+                        for arm in {
+                            arm.name: arm for arm in (first, *missing)
+                        }.values()
+                    }
+                )
+            for name, ratio in ratios(times, first.name).items():
+                known[name] = dict(
+                    key=keys[name],
+                    ratio=ratio,
+                    seconds=min(times[name]),
+                    rounds=times[name],
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(known, indent=1))
+        self.seconds = known[arms[0].name]['seconds']
+        return {arm.name: known[arm.name]['ratio'] for arm in arms}
+
+    def _write(self, name: str, settings: Config) -> Path:
+        """A config of its own, complete, for each run."""
+        path = self.folder / 'configs' / f'{name}.py'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = settings.pretty_text
+        if not path.is_file() or path.read_text() != text:
+            path.write_text(text)
+        return path
+
+    def _to_show(self, results: Mapping) -> str | None:
+        """The method that gains most over the student alone."""
+        gains = {
+            one['arm']: one['mean']
+            for one in results['comparisons']
+            if one['against'] == 'alone'
+        }
+        return max(gains, key=gains.get) if gains else None
+
+
+def cost(settings: Config) -> dict[str, float]:
+    """Parameters and multiply-accumulates of a detector, on a test image."""
+    from mmdet.registry import MODELS
+    from mmengine.registry import init_default_scope
+
+    from mmkd.analysis.cost import gflops, parameters
+
+    init_default_scope(settings.get('default_scope', 'mmdet'))
+    detector = MODELS.build(student_config(settings.model))
+    content = json.loads(
+        Path(settings.test_evaluator.ann_file).read_text(encoding='utf-8')
+    )
+    size = (
+        max(one['height'] for one in content['images']),
+        max(one['width'] for one in content['images']),
+    )
+    return dict(parameters=parameters(detector), gflops=gflops(detector, size))

@@ -1,0 +1,177 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import tiny
+from mmengine.config import Config
+
+from mmkd.laboratory import arms
+from mmkd.recipes import look
+
+
+@pytest.fixture(scope='module')
+def student():
+    return Config(
+        dict(
+            model=tiny.retinanet(),
+            train_cfg=dict(type='IterBasedTrainLoop', max_iters=100),
+            train_dataloader=dict(dataset=dict(type='CocoDataset')),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+            randomness=dict(deterministic=True),
+        )
+    )
+
+
+@pytest.fixture(scope='module')
+def pair(student):
+    return look(student, dict(model=tiny.retinanet(base=16)))
+
+
+@pytest.fixture(scope='module')
+def teacher():
+    return dict(config='teacher.py', checkpoint='teacher.pth')
+
+
+# What arms are ---------------------------------------------------------------
+
+
+def test_a_distilled_arm_differs_from_alone_in_the_model(
+    student, teacher, pair
+):
+    alone = arms.alone(student).settings.to_dict()
+    taught = arms.distilled(student, teacher, pair, 'pkd').settings.to_dict()
+    one, other = alone.pop('model'), taught.pop('model')
+    (watching,) = taught.pop('custom_hooks')  # takes no part
+    assert watching == dict(type='mmkd.DiagnosticsHook', interval=10)
+    assert alone == taught
+    assert other.pop('student') == one['type']
+    assert other.pop('type') == 'mmkd.Distiller'
+    del one['type'], other['terms'], other['teachers']
+    assert one == other
+
+
+def test_the_sham_arm_differs_in_what_the_teacher_is_shown(
+    student, teacher, pair
+):
+    real, sham = (
+        arms.distilled(student, teacher, pair, 'pkd', 1.0, sham=sham)
+        for sham in (False, True)
+    )
+    assert (real.kind, sham.kind) == ('distilled', 'sham')
+    assert real.method == sham.method == 'pkd'
+    assert not real.settings.model.teachers.teacher.sham
+    one, other = real.settings.to_dict(), sham.settings.to_dict()
+    other['model']['teachers']['teacher']['sham'] = False
+    assert one == other
+
+
+def test_inheriting_alone_is_a_kind_of_its_own(student, teacher, pair):
+    arm = arms.distilled(student, teacher, pair, 'inherit')
+    assert arm.kind == 'inherited'
+    assert arm.settings.model.teachers.teacher.inherit is True
+
+
+def test_the_students_config_is_left_as_it_was(student, teacher, pair):
+    before = json.dumps(student.to_dict(), default=str)
+    arms.distilled(student, teacher, pair, 'fgd', 1.0)
+    arms.same_time(student, 1.5, ['fgd'])
+    arms.seeded(arms.alone(student), 3, 2, 10)
+    assert json.dumps(student.to_dict(), default=str) == before
+
+
+def test_a_users_own_config_is_a_method(student, teacher, pair, tmp_path):
+    """Its teacher is the comparison's, whatever its name there."""
+    file = tmp_path / 'mine.py'
+    file.write_text(
+        "model = dict(type='mmkd.Distiller', student='RetinaNet',\n"
+        "    teachers=dict(big=dict(config='x.py', inherit=('neck',))),\n"
+        "    terms=dict(own=dict(type='mmkd.FeatureTerm', teacher='big',\n"
+        "        loss=dict(type='mmkd.PKDLoss'))))\n"
+        'optim_wrapper = dict(clip_grad=dict(max_norm=35))\n'
+    )
+    arm = arms.distilled(student, teacher, pair, str(file))
+    assert arm.name == 'mine'
+    assert arm.settings.model.terms.own.teacher == 'teacher'
+    given = arm.settings.model.teachers.teacher
+    assert given.config == 'teacher.py'
+    assert given.inherit == ('neck',)
+    assert arm.settings.optim_wrapper.clip_grad.max_norm == 35
+
+
+def test_a_plain_config_is_no_method(student, teacher, pair, tmp_path):
+    file = tmp_path / 'plain.py'
+    file.write_text("model = dict(type='RetinaNet')\n")
+    with pytest.raises(ValueError, match=r'no distillation config.*recipe'):
+        arms.distilled(student, teacher, pair, str(file))
+
+
+# Longer schedules ------------------------------------------------------------
+
+
+def schedule(unit, length, *schedulers):
+    return Config(
+        dict(train_cfg={unit: length}, param_scheduler=list(schedulers))
+    )
+
+
+def test_a_warm_up_keeps_its_length_and_the_rest_is_stretched():
+    warm = dict(type='LinearLR', by_epoch=False, begin=0, end=20)
+    cosine = dict(
+        type='CosineAnnealingLR', by_epoch=False, begin=20, end=100, T_max=80
+    )
+    longer = arms.stretch(schedule('max_iters', 100, warm, cosine), 1.4)
+    one, other = longer.param_scheduler
+    assert longer.train_cfg.max_iters == 140
+    assert (one.begin, one.end) == (0, 20)
+    assert (other.begin, other.end, other['T_max']) == (20, 140, 120)
+
+
+def test_epochs_are_rounded_up_and_milestones_move():
+    steps = dict(
+        type='MultiStepLR', by_epoch=True, begin=0, end=12, milestones=[8, 11]
+    )
+    warm = dict(type='LinearLR', by_epoch=False, begin=0, end=500)
+    longer = arms.stretch(schedule('max_epochs', 12, warm, steps), 1.3)
+    assert longer.train_cfg.max_epochs == 16  # 15.6
+    assert longer.param_scheduler[0].end == 500
+    assert longer.param_scheduler[1].end == 16
+    assert longer.param_scheduler[1].milestones == [11, 15]  # 10.7, 14.7
+
+
+def test_the_same_length_is_the_same_schedule():
+    cosine = dict(
+        type='CosineAnnealingLR', by_epoch=False, begin=0, end=100, T_max=100
+    )
+    settings = schedule('max_iters', 100, cosine)
+    assert arms.stretch(settings, 1.0).to_dict() == settings.to_dict()
+
+
+# Seeds -----------------------------------------------------------------------
+
+
+def test_a_seed_fixes_the_labels_in_every_arm(student, teacher, pair):
+    one = arms.seeded(arms.alone(student), 1, 5, 50)
+    other = arms.seeded(
+        arms.distilled(student, teacher, pair, 'pkd'), 1, 5, 50
+    )
+    indices = one.train_dataloader.dataset.indices
+    assert indices == other.train_dataloader.dataset.indices
+    assert len(set(indices)) == 5
+    assert one.randomness == dict(deterministic=True, seed=1)
+    another = arms.seeded(arms.alone(student), 2, 5, 50)
+    assert another.train_dataloader.dataset.indices != indices
+
+
+def test_the_labels_are_chosen_inside_of_wrapped_sets(student):
+    wrapped = Config(student.to_dict())
+    wrapped.train_dataloader.dataset = dict(
+        type='RepeatDataset', dataset=dict(type='CocoDataset')
+    )
+    arm = SimpleNamespace(settings=wrapped)
+    settings = arms.seeded(arm, 0, 3, 10)
+    assert len(settings.train_dataloader.dataset.dataset.indices) == 3
+
+
+def test_more_labels_than_images_is_an_error():
+    with pytest.raises(ValueError, match='Ask for 1 to 10'):
+        arms.subset(0, 11, 10)

@@ -1,0 +1,214 @@
+import argparse
+import json
+
+import pytest
+import runs
+import tiny
+
+from mmkd.laboratory import compare
+
+data = runs.data
+
+
+@pytest.fixture
+def config(data, tmp_path, monkeypatch):
+    """Writes a plain training config of a few steps."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, **model):
+        cfg = runs.config(
+            data,
+            tmp_path,
+            iters=2,
+            model=tiny.retinanet(**model),
+            **runs.evaluation(data, 'test'),
+        )
+        for key in ('work_dir', 'experiment_name', 'log_level'):
+            cfg.pop(key)
+        path = tmp_path / name
+        path.write_text(cfg.pretty_text)
+        return str(path)
+
+    return write
+
+
+def parse(*words):
+    return compare._setting(compare._parser().parse_args(list(words)))
+
+
+# Settings --------------------------------------------------------------------
+
+
+def test_the_command_line_replaces_a_settings_file(tmp_path):
+    path = tmp_path / 'quick.py'
+    path.write_text(
+        "laboratory = dict(student='s.py', teacher='t.py', labels=9,\n"
+        "    seeds=(0, 1), methods=('pkd', 'fgd'))\n"
+    )
+    setting = parse(str(path), '--seeds', '4', '--methods', 'cwd')
+    assert setting.seeds == [4]
+    assert setting.methods == ['cwd']
+    assert setting.labels == 9
+    assert setting.arms == compare.ARMS
+
+
+def test_a_students_config_is_a_setting_of_its_own(config):
+    student = config('student.py')
+    setting = parse(student, '--teacher', 'teacher.py')
+    assert setting.student == student
+    assert list(setting.methods) == ['default']
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        ([], 'Name a setting'),
+        (['STUDENT'], 'names no teacher'),
+        (
+            ['STUDENT', '--teacher', 't.py', '--methods', 'pkdd'],
+            "Did you mean 'pkd'",
+        ),
+        (
+            ['STUDENT', '--teacher', 't.py', '--arms', 'shame'],
+            "Did you mean 'sham'",
+        ),
+        (['nowhere.py'], 'has no config file'),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(
+    config, capsys, words, message
+):
+    student = config('student.py')
+    words = [student if word == 'STUDENT' else word for word in words]
+    assert compare.main(words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_misspelt_key_of_a_setting_gets_the_nearest(tmp_path, capsys):
+    path = tmp_path / 'quick.py'
+    path.write_text("laboratory = dict(studnt='s.py')\n")
+    assert compare.main([str(path)]) == 1
+    assert "Did you mean 'student'" in capsys.readouterr().err
+
+
+# Planning --------------------------------------------------------------------
+
+
+@pytest.fixture
+def comparison(config, tmp_path, monkeypatch):
+    """A comparison whose teacher is a file and whose steps are not timed."""
+    file = tiny.save_teacher(tiny.retinanet(base=16), tmp_path / 'teacher.pth')
+    words = [config('student.py'), '--teacher', config('teacher.py', base=16)]
+    words += ['--teacher-checkpoint', str(file), '--seeds', '0', '1']
+    words += ['--methods', 'pkd', 'cwd', 'fgd']
+    options = compare._parser().parse_args(words)
+    monkeypatch.setattr(
+        compare,
+        'step_times',
+        lambda arms: {
+            name: [dict(pkd=1.21, cwd=1.28, fgd=1.6).get(name, 1.0)]
+            for name in arms
+        },
+    )
+    one = compare.Comparison(
+        compare._setting(options), tmp_path / 'out', options, 'command'
+    )
+    return one
+
+
+def test_methods_of_like_cost_share_a_control(comparison):
+    arms = comparison._trials().arms
+    assert [arm.name for arm in arms] == [
+        'alone',
+        'alone_x1.30',
+        'alone_x1.60',
+        'pkd',
+        'cwd',
+        'fgd',
+        'pkd_sham',
+        'cwd_sham',
+        'fgd_sham',
+    ]
+    assert arms[1].method == 'pkd,cwd'
+    assert arms[1].settings.train_cfg.max_iters == 3  # 2.6
+    assert arms[3].step_ratio == 1.21
+
+
+def test_every_run_has_a_config_of_its_own_that_builds(comparison):
+    trials = comparison._trials()
+    run = trials.runs['pkd_sham', 1]
+    assert run.settings.randomness.seed == 1
+    assert run.settings.model.teachers.teacher.sham
+    model = tiny.build(run.settings.model)
+    model.init_weights()
+    assert model.teachers['teacher'].loaded
+
+
+def test_another_teacher_makes_distilled_results_stale(comparison, tmp_path):
+    before = comparison._trials()
+    prints = {key: run.fingerprint() for key, run in before.runs.items()}
+    tiny.save_teacher(
+        tiny.retinanet(base=16), tmp_path / 'teacher.pth', seed=8
+    )
+    compare.file_digest.cache_clear()
+    after = comparison._trials()
+    for key, run in after.runs.items():
+        same = run.fingerprint() == prints[key]
+        assert same == key[0].startswith('alone'), key
+
+
+def test_step_times_are_measured_once(comparison, monkeypatch):
+    comparison._trials()
+
+    def fail(arms):
+        raise AssertionError('timed again')
+
+    monkeypatch.setattr(compare, 'step_times', fail)
+    comparison._trials()
+
+
+# Everything ------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_one_command_from_nothing_to_a_report(config, tmp_path, capsys):
+    words = [config('student.py'), '--teacher', config('teacher.py', base=16)]
+    words += ['--seeds', '0', '1', '--methods', 'pkd', '--labels', '4']
+    words += ['--draws', '20', '--work-dir', str(tmp_path / 'out')]
+    assert compare.main(words) == 0, capsys.readouterr().err
+    report = tmp_path / 'out' / 'report'
+    found = json.loads((report / 'results.json').read_text())
+    names = [arm['name'] for arm in found['arms']]
+    assert names[0] == 'alone'
+    assert {'pkd', 'pkd_sham'} < set(names)
+    for arm in found['arms']:
+        assert [run['status'] for run in arm['runs']] == ['done', 'done']
+    assert (report / 'report.html').stat().st_size > 10_000
+    pkd = next(arm for arm in found['arms'] if arm['name'] == 'pkd')
+    assert pkd['runs'][0]['diagnostics'][0]['balanced_pkd_agreement_0'] < 1
+    # A second call trains nothing.
+    before = {path: path.stat().st_mtime for path in tmp_path.rglob('*.pth')}
+    assert compare.main([*words, '--report-only']) == 0
+    assert compare.main(words) == 0
+    assert before == {
+        path: path.stat().st_mtime for path in tmp_path.rglob('*.pth')
+    }
+    assert '| pkd |' in _diff(report, capsys)
+
+
+def _diff(report, capsys):
+    file = str(report / 'results.json')
+    assert compare.main(['--diff', file, file]) == 0
+    return capsys.readouterr().out
+
+
+def test_diff_needs_two_reports():
+    with pytest.raises(SystemExit):
+        compare._parser().parse_args(['--diff', 'one.json'])
+
+
+def test_the_parser_knows_every_setting():
+    options = compare._parser().parse_args([])
+    assert isinstance(options, argparse.Namespace)
+    named = set(vars(options))
+    assert set(compare.SETTINGS) - named == {'student'}
