@@ -2,8 +2,9 @@
 
 Meant for trying what a large detector can teach a small one: the images are
 small and quickly made, and too hard for a small detector to find everything.
-The classes differ in form alone; colour, texture, contrast, size and place are
-drawn without regard to them.
+The classes differ in form. As with real things, a colour is a hint and no
+proof: three of four shapes have the colour of their class, the others any, and
+so has what is no class. Texture, size and place say nothing of the class.
 """
 
 from __future__ import annotations
@@ -28,11 +29,22 @@ SPLITS = ('train', 'val', 'test')
 COUNTS = {'train': 1200, 'val': 150, 'test': 400}
 
 #: Part of the recipe; counts up whenever a pixel or a box would change.
-DRAWING = 1
+DRAWING = 2
 
-#: Radii of the circle around a shape: 6 to 32 pixels in steps of 5 %, so
+#: Radii of the circle around a shape: 8 to 35 pixels in steps of 5 %, so
 #: that a uniform choice among them is uniform in the logarithm.
-RADII = tuple(accumulate(repeat(1.05, 34), mul, initial=6.0))
+RADII = tuple(accumulate(repeat(1.05, 30), mul, initial=8.0))
+
+#: Colours of the classes, BGR, and the share of shapes that have theirs.
+COLOURS = dict(
+    disc=(60, 60, 220),
+    square=(60, 200, 60),
+    triangle=(220, 90, 40),
+    plus=(40, 210, 230),
+    star=(220, 60, 210),
+    crescent=(225, 220, 60),
+)
+HINTED = 0.75
 
 #: Shares of the images: without objects; with a cluster of one class; and of
 #: the clusters, how many are too dense to count.
@@ -473,9 +485,17 @@ def _paint(dice: Dice, image: np.ndarray, shape: Shape) -> None:
     rows, columns, _ = _spot(shape, len(image))
     if not len(rows):
         return
-    one = _against(dice, image[rows, columns])
+    one = _colour(dice, shape.form, image[rows, columns])
     two = one + (dice.field(3) - 0.5) * 60
     image[rows, columns] = _mix(fill[rows - top, columns - left], one, two)
+
+
+def _colour(dice: Dice, form: str, pixels: np.ndarray) -> np.ndarray:
+    """A shape's colour, often that of its class; of no class, of any."""
+    if not dice.happens(HINTED):
+        return _against(dice, pixels)
+    known = form if form in COLOURS else dice.one_of(CLASSES)
+    return np.array(COLOURS[known]) + (dice.field(3) - 0.5) * 60
 
 
 def _against(dice: Dice, pixels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""BCCD: an eighth-wide ResNet-18 from scratch, on photographs of 320×240."""
+"""BCCD: a quarter-wide ResNet-18 from scratch, on photographs of 320×240."""
 
 _base_ = '../shapes/student.py'
 

@@ -1,4 +1,4 @@
-"""Shapes: an eighth-wide ResNet-18 from scratch, on a quarter of labels."""
+"""Shapes: a quarter-wide ResNet-18 from scratch, on a quarter of labels."""
 
 _base_ = 'mmdet::_base_/default_runtime.py'
 
@@ -6,7 +6,7 @@ data_root = 'data/shapes/'
 metainfo = dict(
     classes=('disc', 'square', 'triangle', 'plus', 'star', 'crescent')
 )
-iterations = 400
+iterations = 600
 
 model = dict(
     type='GFL',
@@ -20,14 +20,14 @@ model = dict(
     backbone=dict(
         type='ResNet',
         depth=18,
-        base_channels=8,
+        base_channels=16,
         stem_channels=16,
         out_indices=(1, 2, 3),
         frozen_stages=-1,
         style='pytorch',
     ),
     neck=dict(
-        type='FPN', in_channels=[16, 32, 64], out_channels=32, num_outs=3
+        type='FPN', in_channels=[32, 64, 128], out_channels=32, num_outs=3
     ),
     bbox_head=dict(
         type='GFLHead',
@@ -135,7 +135,7 @@ test_evaluator = dict(
 )
 
 train_cfg = dict(
-    type='IterBasedTrainLoop', max_iters=iterations, val_interval=100
+    type='IterBasedTrainLoop', max_iters=iterations, val_interval=150
 )
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
@@ -158,7 +158,7 @@ param_scheduler = [
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=10, log_metric_by_epoch=False),
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1
+        type='CheckpointHook', by_epoch=False, interval=300, max_keep_ckpts=1
     ),
 )
 log_processor = dict(type='LogProcessor', window_size=10, by_epoch=False)

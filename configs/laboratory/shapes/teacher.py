@@ -2,7 +2,7 @@
 
 _base_ = 'student.py'
 
-iterations = 1500
+iterations = 2000
 
 model = dict(
     backbone=dict(base_channels=32, stem_channels=32),
