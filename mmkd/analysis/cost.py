@@ -40,7 +40,7 @@ def gflops(detector: nn.Module, size: tuple[int, int]) -> float:
     detector.eval()
     sample = _sample(size)
     image = torch.zeros(1, 3, *size)
-    with _quiet():  # it names every operator it need not count
+    with quiet():  # it names every operator it need not count
         counted = get_model_complexity_info(
             _Forward(detector, sample),
             inputs=(image,),
@@ -51,7 +51,8 @@ def gflops(detector: nn.Module, size: tuple[int, int]) -> float:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Keep MMEngine's logger from chatting inside."""
     logger = MMLogger.get_current_instance()
     before = logger.level
     logger.setLevel(logging.ERROR)

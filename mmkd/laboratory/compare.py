@@ -18,8 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import init_default_scope
 
+from mmkd.analysis.cost import gflops, parameters, quiet
 from mmkd.analysis.report import diff, write_report
 from mmkd.checks import check_name, suggest
 from mmkd.configs import read_config, student_config
@@ -273,7 +276,7 @@ class Comparison:
     def report(self) -> dict[str, Path]:
         """Write the report, and say in one line what came out."""
         print('Comparing and drawing ...')
-        with redirect_stdout(None):  # mmengine and pycocotools chat
+        with redirect_stdout(None), quiet():  # mmengine and pycocotools chat
             results = self.results()
             folder = self.folder / 'report'
             best = self._to_show(results)
@@ -350,7 +353,8 @@ class Comparison:
         )
 
     def _trials(self) -> Trials:
-        pair = look(self.student, self.teacher.settings)
+        with redirect_stdout(None), quiet():
+            pair = look(self.student, self.teacher.settings)
         arms = self._arms(pair)
         images = data_facts(self.student)['train_images']
         runs = {}
@@ -448,7 +452,7 @@ class Comparison:
         if missing:
             print('Timing a training step of each arm ...')
             first = arms[0]
-            with redirect_stdout(None):
+            with redirect_stdout(None), quiet():
                 times = step_times(
                     {
                         arm.name: arm.settings
@@ -490,11 +494,6 @@ class Comparison:
 
 def cost(settings: Config) -> dict[str, float]:
     """Parameters and multiply-accumulates of a detector, on a test image."""
-    from mmdet.registry import MODELS
-    from mmengine.registry import init_default_scope
-
-    from mmkd.analysis.cost import gflops, parameters
-
     init_default_scope(settings.get('default_scope', 'mmdet'))
     detector = MODELS.build(student_config(settings.model))
     content = json.loads(

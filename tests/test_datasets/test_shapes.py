@@ -192,8 +192,8 @@ def test_another_seed_split_or_number_draws_another_picture(other):
 def test_pictures_are_those_that_published_numbers_refer_to():
     """A change here takes a new ``DRAWING``, and makes results of old void.
 
-    That of drawing 1 was the same with numpy 1.26 and 2.4, and with and without the
-    vector instructions of the processor.
+    That of drawing 1 was the same with numpy 1.26 and 2.4, with and without
+    the vector instructions of the processor.
     """
     digest = hashlib.sha256()
     for number in range(20):
