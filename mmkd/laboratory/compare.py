@@ -12,8 +12,8 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ from mmkd.laboratory.digests import (
     config_digest,
     data_digest,
     file_digest,
+    sources,
 )
 from mmkd.laboratory.pace import ratios, step_times
+from mmkd.laboratory.page import publish
 from mmkd.laboratory.results import (
     Trials,
     arm_entry,
@@ -98,9 +100,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ['python', 'tools/compare.py', *(arguments or sys.argv[1:])]
         )
         folder = Path(options.work_dir or setting.folder)
-        comparison = Comparison(setting, folder, options, command)
-        comparison.run()
-        files = comparison.report()
+        with sole_user(folder):
+            comparison = Comparison(setting, folder, options, command)
+            comparison.run()
+            files = comparison.report()
+        if options.publish:
+            files = {
+                **files,
+                **publish(files['results.json'], options.publish),
+            }
     except KeyboardInterrupt:
         print('\nStopped. The same command goes on from here.')
         return 130
@@ -173,6 +181,12 @@ def _parser() -> argparse.ArgumentParser:
         help='write the report of what is there, train nothing',
     )
     parser.add_argument(
+        '--publish',
+        metavar='NAME',
+        help='also put the numbers into docs/results/NAME.json, from which '
+        'docs/results.md is made',
+    )
+    parser.add_argument(
         '--diff',
         nargs=2,
         metavar='RESULTS_JSON',
@@ -218,6 +232,40 @@ def _setting(options: argparse.Namespace) -> ConfigDict:
 def _name(options: argparse.Namespace) -> str:
     path = Path(options.config.split('::')[-1])
     return f'{path.parent.name}/{path.stem}' if path.parent.name else path.stem
+
+
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Keep a second command out of a folder while this one works in it.
+
+    Raises:
+        RuntimeError: If another process is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / 'lock'
+    with suppress(OSError, ValueError):
+        owner = int(lock.read_text())
+        if owner != os.getpid() and _alive(owner):
+            raise RuntimeError(
+                f'process {owner} is at work in {folder}. Wait for it, or '
+                f'stop it (kill {owner}); for another experiment at the same '
+                f'time, name another --work-dir.'
+            )
+    lock.write_text(str(os.getpid()))
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 class Comparison:
@@ -327,6 +375,7 @@ class Comparison:
                 },
                 data=self.data,
             ),
+            sources={arm.name: sources(arm.settings) for arm in trials.arms},
             stale=[
                 f'{name}, seed {seed}: made by other code, settings or data'
                 for (name, seed), run in trials.runs.items()

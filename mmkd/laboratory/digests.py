@@ -33,20 +33,33 @@ def code_digest(settings: Config) -> str:
     Args:
         settings: A training config.
     """
-    roots = list(TRAINING)
-    files = set()
-    for kind in _types(settings.to_dict()):
-        file = _file_of(kind)
-        if file is not None:
-            files.add(file)
+    return _digest(f'{file} {one}' for file, one in sources(settings).items())
+
+
+def sources(settings: Config) -> dict[str, str]:
+    """The modules behind :func:`code_digest`, each with a digest of its own.
+
+    Returns:
+        Digests by path below the package.
+    """
+    files = {_file_of(kind) for kind in _types(settings.to_dict())} - {None}
+    roots = TRAINING
     if settings.model.get('terms') is not None:
         roots += DISTILLING
     for name in roots:
         path = PACKAGE / name.replace('.', '/')
-        files |= set(path.glob('*.py')) if path.is_dir() else set()
+        files |= set(path.glob('*.py'))
         if path.with_suffix('.py').is_file():
             files.add(path.with_suffix('.py'))
-    return _digest(f'{one.name} {_meaning(one)}' for one in _closure(files))
+    return {
+        one.relative_to(PACKAGE).as_posix(): source_digest(one)
+        for one in _closure(files)
+    }
+
+
+def source_digest(file: Path) -> str:
+    """Digest of what a module does."""
+    return _digest([_meaning(file)])
 
 
 def data_digest(settings: Config) -> dict[str, str]:

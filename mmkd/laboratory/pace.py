@@ -13,6 +13,7 @@ import torch
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 
@@ -80,9 +81,15 @@ class _Steps:
         self.model.init_weights()
         self.model.train()
         self.wrapper = build_optim_wrapper(self.model, settings.optim_wrapper)
+        self.iteration = 0
 
     def __call__(self, batch: Any) -> None:
+        # What a term does at intervals it must not do at every step.
+        hub = MessageHub.get_current_instance()
+        hub.update_info('iter', self.iteration)
         self.model.train_step(batch, self.wrapper)
+        self.iteration += 1
+        hub.update_info('iter', 0)
 
 
 def _batches(settings: Config) -> list[Any]:

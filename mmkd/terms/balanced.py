@@ -37,6 +37,9 @@ class BalancedTerm(Term):
     number of channels, levels or images. The children's own ``loss_weight``
     cancels out.
 
+    The push of a term is bounded by that of the detection loss, so a term
+    that is nearly fulfilled is not blown up, though its weight grows.
+
     Norms are measured every ``interval`` iterations, at the cost of one
     backward pass from the losses to ``anchor``, and averaged. Before the first
     measurement the weights are 0.
@@ -48,9 +51,6 @@ class BalancedTerm(Term):
         anchor: Tap of the student at which gradients are measured.
         interval: Iterations between measurements.
         momentum: Of the running averages of the norms, in [0, 1).
-        limit: A weight stays within this factor of its first value, so that a
-            term which is fulfilled (and has no gradient left) is not blown
-            up.
         schedule: Factor over the training; constant 1 if None.
 
     Raises:
@@ -60,10 +60,11 @@ class BalancedTerm(Term):
 
     Reference:
         Liao et al., "RT-DETRv4: Painlessly Furthering Real-Time Object
-        Detection with Vision Foundation Models", arXiv:2510.25257, steers one
-        distillation weight by the ratio of gradient norms in the encoder.
-        Here every term has its own, measured on the maps themselves and not
-        on parameters, so that it costs no pass through the backbone.
+        Detection with Vision Foundation Models", arXiv:2510.25257, adjusts
+        the weight of its distillation loss by ratios of gradient norms (read:
+        the abstract). How is ours: every term has a weight of its own, and
+        norms are those at the student's maps and not at parameters, so that
+        they cost no pass through the backbone.
     """
 
     def __init__(
@@ -71,9 +72,8 @@ class BalancedTerm(Term):
         terms: Mapping[str, Mapping],
         share: float | Mapping[str, float] = 1.0,
         anchor: str = 'backbone',
-        interval: int = 20,
-        momentum: float = 0.9,
-        limit: float = 10.0,
+        interval: int = 10,
+        momentum: float = 0.7,
         schedule: Mapping | None = None,
     ) -> None:
         super().__init__(schedule)
@@ -86,17 +86,16 @@ class BalancedTerm(Term):
             }
         )
         self.share = _shares(share, terms)
-        check_positive('BalancedTerm', interval=interval, limit=limit)
+        check_positive('BalancedTerm', interval=interval)
         if not 0 <= momentum < 1:
             raise ValueError(
                 f'BalancedTerm takes a momentum in [0, 1), got '
                 f'momentum={momentum}.'
             )
         self.anchor, self.interval = anchor, interval
-        self.momentum, self.limit = momentum, limit
+        self.momentum = momentum
         self.register_buffer('detection_norm', torch.zeros(()))
         self.register_buffer('norms', torch.zeros(len(terms)))
-        self.register_buffer('first', torch.zeros(len(terms)))
 
     def bind(
         self, student: nn.Module, teachers: Mapping[str, Teacher]
@@ -144,8 +143,7 @@ class BalancedTerm(Term):
             self._measure(step, shares, factors)
         parts: dict[str, Tensor] = {}
         zero = step.images.new_zeros(())
-        for index, (name, share) in enumerate(shares.items()):
-            weight = self.weight(index)
+        for weight, (name, share) in zip(self.weights(), shares.items()):
             parts[f'watch_weight_{name}'] = weight
             named = share if isinstance(share, Mapping) else {'': share}
             for part, value in named.items():
@@ -158,21 +156,11 @@ class BalancedTerm(Term):
                     parts[key] = zero + value
         return parts
 
-    def weight(self, index: int) -> Tensor:
-        """Present weight of a term, a scalar without gradient."""
-        return self._bounded(self._ratio())[index]
-
-    def _ratio(self) -> Tensor:
+    def weights(self) -> Tensor:
+        """Present weights of the terms, (K,), without gradient."""
         share = self.norms.new_tensor(list(self.share.values()))
         ratio = share * self.detection_norm / self.norms
         return torch.where(self.norms > 0, ratio, torch.zeros_like(ratio))
-
-    def _bounded(self, ratio: Tensor) -> Tensor:
-        bounded = torch.minimum(
-            torch.maximum(ratio, self.first / self.limit),
-            self.first * self.limit,
-        )
-        return torch.where(self.first > 0, bounded, ratio)
 
     def _measure(
         self,
@@ -216,9 +204,6 @@ class BalancedTerm(Term):
         after = torch.where(torch.isfinite(now) & (now > 0), mixed, before)
         self.detection_norm.copy_(after[0])
         self.norms.copy_(after[1:])
-        self.first.copy_(
-            torch.where(self.first > 0, self.first, self._ratio())
-        )
 
     @property
     def _who(self) -> str:

@@ -1,5 +1,8 @@
 import argparse
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import runs
@@ -89,6 +92,24 @@ def test_a_misspelt_key_of_a_setting_gets_the_nearest(tmp_path, capsys):
     path.write_text("laboratory = dict(studnt='s.py')\n")
     assert compare.main([str(path)]) == 1
     assert "Did you mean 'student'" in capsys.readouterr().err
+
+
+def test_two_commands_do_not_work_in_one_folder(tmp_path):
+    (tmp_path / 'lock').write_text(str(os.getppid()))
+    with (
+        pytest.raises(RuntimeError, match=r'at work in .* --work-dir'),
+        compare.sole_user(tmp_path),
+    ):
+        pass
+
+
+def test_a_lock_that_was_left_behind_is_taken_over(tmp_path):
+    done = subprocess.Popen([sys.executable, '-c', ''])
+    done.wait()
+    (tmp_path / 'lock').write_text(str(done.pid))
+    with compare.sole_user(tmp_path):
+        assert (tmp_path / 'lock').read_text() == str(os.getpid())
+    assert not (tmp_path / 'lock').exists()
 
 
 # Planning --------------------------------------------------------------------

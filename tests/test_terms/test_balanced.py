@@ -109,12 +109,26 @@ def test_norms_are_measured_at_the_interval_and_averaged(maps):
     )
 
 
-def test_a_fulfilled_term_is_not_blown_up(maps):
-    term = BalancedTerm(dict(mimic=MIMIC), momentum=0.0, limit=10.0)
-    first = term(step_of(maps))['watch_weight_mimic']
-    near = maps.detach() * (1 - 1e-6)
-    later = term(step_of(maps, iteration=20, target=near))
-    torch.testing.assert_close(later['watch_weight_mimic'], 10 * first)
+def test_a_nearly_fulfilled_term_pushes_as_hard_and_no_harder(maps):
+    term = BalancedTerm(dict(mimic=MIMIC), momentum=0.0)
+    term(step_of(maps))
+    near = maps.detach() * (1 - 1e-3)
+    step = step_of(maps, iteration=20, target=near)
+    torch.testing.assert_close(
+        length(term(step)['mimic'], maps),
+        torch.tensor(3 * maps.numel() ** 0.5),
+        rtol=1e-3,
+        atol=0,
+    )
+
+
+def test_a_fulfilled_term_keeps_its_weight(maps):
+    term = BalancedTerm(dict(mimic=MIMIC), momentum=0.0)
+    before = term(step_of(maps))['watch_weight_mimic']
+    done = step_of(maps, iteration=20, target=maps.detach().clone())
+    after = term(done)
+    assert after['watch_weight_mimic'] == before
+    assert after['mimic'] == 0
 
 
 def test_a_broken_measurement_is_passed_over(maps):

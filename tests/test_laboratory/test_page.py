@@ -1,0 +1,148 @@
+import json
+
+import pytest
+
+from mmkd.laboratory import page
+from mmkd.laboratory.digests import source_digest
+from mmkd.laboratory.runs import PACKAGE
+
+PKD = 'losses/pkd.py'
+
+
+def arm(name, kind, scores, **more):
+    return dict(
+        name=name,
+        title=name,
+        kind=kind,
+        method=more.pop('method', None),
+        step_ratio=more.pop('step_ratio', None),
+        iterations=10,
+        runs=[
+            dict(
+                seed=seed,
+                status='done' if score is not None else 'timed out',
+                reason=None,
+                metrics=None
+                if score is None
+                else dict(AP=score, AP50=2 * score, by_class={}),
+                curve=[],
+                seconds=1.0,
+                diagnostics=[dict(iteration=1)],
+            )
+            for seed, score in enumerate(scores)
+        ],
+    )
+
+
+def against(name, mean, low, high):
+    return dict(
+        arm='pkd',
+        against=name,
+        differences={},
+        mean=mean,
+        low=low,
+        high=high,
+        sd=1.0,
+        n=2,
+        wins=2,
+        losses=0,
+        sign_p=0.5,
+        p=0.01,
+        p_holm=0.01,
+        bootstrap=None,
+        gap_closed=dict(mean=0.25, low=0.1, high=0.4),
+    )
+
+
+@pytest.fixture
+def results():
+    return dict(
+        title='Cells',
+        note='Few labels.',
+        command='python tools/compare.py cells.py',
+        metric='AP',
+        teacher=dict(title='teacher', metrics=dict(AP=40.0)),
+        seeds=[0, 1],
+        arms=[
+            arm('alone', 'alone', [10.0, 20.0]),
+            arm('alone_x1.40', 'time', [12.0, 20.0], method='pkd'),
+            arm('pkd', 'distilled', [30.0, None], step_ratio=1.36),
+            arm('pkd_sham', 'sham', [9.0, 9.0], method='pkd'),
+        ],
+        comparisons=[
+            against('alone', 7.5, 2.5, 12.5),
+            against('alone_x1.40', 6.5, -1.5, 14.5),
+        ],
+        ranking=[['pkd']],
+        versions=dict(torch='2.14.1', python='3.11'),
+        machine='a machine',
+        sources=dict(alone={}, pkd={PKD: source_digest(PACKAGE / PKD)}),
+    )
+
+
+def row(text):
+    return next(
+        line.split(' | ')
+        for line in text.splitlines()
+        if line.startswith('| pkd')
+    )
+
+
+def test_a_row_has_means_gains_and_cost(results):
+    assert row(page.section(results, 'cells')) == [
+        '| pkd',
+        '30.0',
+        '60.0',
+        '+7.5 (+2.5 to +12.5)',
+        '+6.5 (-1.5 to +14.5)',
+        '–',
+        '25%',
+        '×1.36',
+        '1 of 2 |',
+    ]
+
+
+def test_teacher_alone_and_command_are_named(results):
+    text = page.section(results, 'cells')
+    assert 'Teacher 40.0 AP, student alone 15.0 AP.' in text
+    assert 'python tools/compare.py cells.py' in text
+    assert '(results/cells.json)' in text
+
+
+def test_a_lost_seed_is_named(results):
+    assert 'pkd seed 1 timed out' in page.section(results, 'cells')
+
+
+def test_numbers_of_other_code_are_marked(results):
+    assert page.stale(results, 'pkd') == []
+    results['sources']['pkd'][PKD] = 'another digest'
+    assert page.stale(results, 'pkd') == [PKD]
+    assert row(page.section(results, 'cells'))[0] == '| pkd (stale)'
+    results['sources']['pkd'] = {'losses/gone.py': 'x'}
+    assert page.stale(results, 'pkd') == ['losses/gone.py']
+
+
+def test_publishing_keeps_numbers_and_writes_the_page(
+    results, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'docs').mkdir()
+    file = tmp_path / 'results.json'
+    file.write_text(json.dumps(results))
+    page.publish(file, 'cells')
+    kept = json.loads((tmp_path / 'docs/results/cells.json').read_text())
+    assert kept['arms'][2]['runs'][0]['metrics']['AP'] == 30.0
+    assert 'diagnostics' not in kept['arms'][2]['runs'][0]
+    text = (tmp_path / 'docs/results.md').read_text()
+    assert text.startswith('# Results')
+    assert '## Cells' in text
+
+
+def test_the_committed_page_is_the_one_of_the_committed_numbers():
+    """``stale`` marks aside, which come and go with the code."""
+    root = PACKAGE.parent / 'docs'
+    if not (root / 'results').is_dir():
+        pytest.skip('nothing is published')
+    made = page.page(root / 'results')
+    kept = (root / 'results.md').read_text(encoding='utf-8')
+    assert made.replace(' (stale)', '') == kept.replace(' (stale)', '')
