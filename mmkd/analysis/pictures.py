@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['attention_over', 'grid', 'instances', 'read_image', 'side_by_side']
+__all__ = [
+    'attention_over',
+    'grid',
+    'instances',
+    'mosaic',
+    'read_image',
+    'side_by_side',
+]
 
 #: Boxes (M, 4) as ``x1 y1 x2 y2`` in pixels of the image, scores (M,) or
 #: None, labels (M,).
@@ -111,6 +118,40 @@ def grid(
     for title, axis in zip(titles, axes[0]):
         _write_title(axis, title)
     names.add_legend(figure)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
+    return path
+
+
+def mosaic(
+    rows: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[str],
+    path: str | Path,
+    tile: int = 320,
+) -> Path:
+    """Put pictures below and beside each other.
+
+    Args:
+        rows: Pictures of one size in each row, RGB bytes (H, W, 3).
+        titles: One a column.
+        path: The picture to write; its suffix gives the format.
+        tile: Longer side of a drawn picture, pixels.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: If there is nothing to draw, or a row has another number
+            of pictures than there are titles.
+    """
+    _check_grid([(None, row) for row in rows], titles)
+    figure, axes = _canvas([row[0] for row in rows], len(titles), tile, False)
+    for row, line in zip(rows, axes):
+        for picture, axis in zip(row, line):
+            axis.imshow(picture)
+    for title, axis in zip(titles, axes[0]):
+        _write_title(axis, title)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_DPI)
