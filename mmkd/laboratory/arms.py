@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,6 @@ def distilled(
     pair: Pair,
     method: str,
     share: float | None = None,
-    sham: bool = False,
 ) -> Arm:
     """The student taught by a method.
 
@@ -83,10 +82,11 @@ def distilled(
         pair: What the two have in common.
         method: A recipe's name, or the path of a config with ``terms``.
         share: Weight by gradient; None keeps published weights.
-        sham: Show the teacher another image: the control.
     """
     own = Config.fromfile(method) if method not in RECIPES else None
     name = Path(method).stem
+    teacher = dict(teacher)
+    shown_another = teacher.pop('sham', False)
     if own is not None:
         terms, teacher = _taken_from(own, teacher, method)
     else:
@@ -99,7 +99,7 @@ def distilled(
         plain,
         type='mmkd.Distiller',
         student=kind,
-        teachers={pair.teacher: dict(teacher, sham=sham)},
+        teachers={pair.teacher: dict(teacher, sham=shown_another)},
         terms=terms,
     )
     settings.custom_hooks = [
@@ -111,10 +111,25 @@ def distilled(
     ]
     if own is not None:
         _take_the_rest(settings, own)
-    if sham:
-        return Arm(f'{name}_sham', f'{name}, sham', 'sham', settings, name)
     kind = 'inherited' if inherits(method) else 'distilled'
     return Arm(name, name, kind, settings, name)
+
+
+def sham(arm: Arm, word: str, step_ratio: float | None) -> Arm:
+    """A distilled arm whose teacher knows nothing of the image: a control.
+
+    Args:
+        arm: The arm, with such a teacher.
+        word: What the teacher is.
+        step_ratio: That of the true arm.
+    """
+    return replace(
+        arm,
+        name=f'{arm.name}_{word}',
+        title=f'{arm.title}, {word}',
+        kind='sham',
+        step_ratio=step_ratio,
+    )
 
 
 def _taken_from(

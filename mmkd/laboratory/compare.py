@@ -35,7 +35,7 @@ from mmkd.laboratory.digests import (
     file_digest,
     sources,
 )
-from mmkd.laboratory.pace import ratios, step_times
+from mmkd.laboratory.pace import load_batches, ratios, step_times
 from mmkd.laboratory.page import publish
 from mmkd.laboratory.results import (
     Trials,
@@ -49,9 +49,12 @@ from mmkd.laboratory.results import (
     versions,
 )
 from mmkd.laboratory.runs import DONE, Run, carry_out
+from mmkd.laboratory.shuffled import save_shuffled
 from mmkd.recipes import DEFAULT, RECIPES, Pair, look
 
 ARMS = ('alone', 'time', 'distilled', 'sham')
+#: A control that is trained only where it is asked for.
+OPTIONAL = ('shuffled',)
 #: Ratios of step times are rounded up to this, so that methods share a
 #: control.
 GRAIN = 0.1
@@ -145,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         '--arms',
         nargs='+',
         metavar='ARM',
-        help=f'of {", ".join(ARMS)}; all by default',
+        help=f'of {", ".join(ARMS)} (the default) and {", ".join(OPTIONAL)}',
     )
     parser.add_argument('--seeds', nargs='+', type=int, metavar='SEED')
     parser.add_argument(
@@ -218,7 +221,7 @@ def _setting(options: argparse.Namespace) -> ConfigDict:
             f'--teacher-checkpoint FILE if it is trained.'
         )
     for arm in setting.arms:
-        check_name('compare.py', 'arm', arm, ARMS)
+        check_name('compare.py', 'arm', arm, (*ARMS, *OPTIONAL))
     for method in setting.methods:
         if method not in RECIPES and not Path(method).is_file():
             raise ValueError(
@@ -455,22 +458,44 @@ class Comparison:
         if 'distilled' in wanted:
             arms += taught
         if 'sham' in wanted:
-            arms += [
-                replace(
-                    build.distilled(
-                        self.student,
-                        teacher,
-                        pair,
-                        method,
-                        setting.share or None,
-                        sham=True,
-                    ),
-                    step_ratio=arm.step_ratio,
-                )
-                for method, arm in zip(setting.methods, taught)
-                if arm.kind == 'distilled'
-            ]
+            arms += self._shams(pair, taught, dict(teacher, sham=True), 'sham')
+        if 'shuffled' in wanted:
+            other = dict(teacher, checkpoint=str(self._shuffled()))
+            arms += self._shams(pair, taught, other, 'shuffled')
         return arms
+
+    def _shams(
+        self, pair: Pair, taught: Sequence[Arm], teacher: dict, word: str
+    ) -> list[Arm]:
+        """The distilled arms, by a teacher that knows nothing of the image."""
+        return [
+            build.sham(
+                build.distilled(
+                    self.student,
+                    teacher,
+                    pair,
+                    method,
+                    self.setting.share or None,
+                ),
+                word,
+                arm.step_ratio,
+            )
+            for method, arm in zip(self.setting.methods, taught)
+            if arm.kind == 'distilled'
+        ]
+
+    def _shuffled(self) -> Path:
+        weights = self.teacher.final
+        out = self.folder / 'shuffled' / f'{file_digest(weights)}.pth'
+        if not out.is_file():
+            with redirect_stdout(None), quiet():
+                save_shuffled(
+                    self.teacher.settings,
+                    weights,
+                    load_batches(self.teacher.settings),
+                    out,
+                )
+        return out
 
     def _controls(self, taught: Sequence[Arm]) -> list[Arm]:
         groups: dict[float, list[str]] = {}

@@ -17,6 +17,7 @@ from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 
+from mmkd.engine.random_state import keyed
 from mmkd.randomness import preserved
 
 #: Different batches that the steps go through.
@@ -40,7 +41,7 @@ def step_times(
         Seconds a step in each round, by arm.
     """
     with preserved(0):
-        batches = _batches(next(iter(arms.values())))
+        batches = load_batches(next(iter(arms.values())))
         steps = {name: _Steps(one) for name, one in arms.items()}
         times: dict[str, list[float]] = {name: [] for name in arms}
         with _no_collection():
@@ -92,17 +93,22 @@ class _Steps:
         hub.update_info('iter', 0)
 
 
-def _batches(settings: Config) -> list[Any]:
+def load_batches(settings: Config) -> list[Any]:
+    """The first :data:`BATCHES` batches of a training set, always the same."""
     init_default_scope(settings.get('default_scope', 'mmdet'))
     loader = settings.train_dataloader
     dataset = DATASETS.build(loader.dataset)
     size = loader.batch_size
-    return [
-        pseudo_collate(
-            [dataset[(start + index) % len(dataset)] for index in range(size)]
-        )
-        for start in range(0, BATCHES * size, size)
-    ]
+    with keyed(0):
+        return [
+            pseudo_collate(
+                [
+                    dataset[(start + index) % len(dataset)]
+                    for index in range(size)
+                ]
+            )
+            for start in range(0, BATCHES * size, size)
+        ]
 
 
 @contextmanager

@@ -53,15 +53,16 @@ def test_a_distilled_arm_differs_from_alone_in_the_model(
 def test_the_sham_arm_differs_in_what_the_teacher_is_shown(
     student, teacher, pair
 ):
-    real, sham = (
-        arms.distilled(student, teacher, pair, 'pkd', 1.0, sham=sham)
-        for sham in (False, True)
-    )
+    real = arms.distilled(student, teacher, pair, 'pkd', 1.0)
+    shown = arms.distilled(student, dict(teacher, sham=True), pair, 'pkd', 1.0)
+    sham = arms.sham(shown, 'sham', 1.4)
     assert (real.kind, sham.kind) == ('distilled', 'sham')
+    assert (sham.name, sham.title) == ('pkd_sham', 'pkd, sham')
     assert real.method == sham.method == 'pkd'
-    assert not real.settings.model.teachers.teacher.sham
+    assert sham.step_ratio == 1.4
     one, other = real.settings.to_dict(), sham.settings.to_dict()
-    other['model']['teachers']['teacher']['sham'] = False
+    assert other['model']['teachers']['teacher'].pop('sham')
+    assert not one['model']['teachers']['teacher'].pop('sham')
     assert one == other
 
 

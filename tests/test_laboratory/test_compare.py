@@ -165,6 +165,18 @@ def test_every_run_has_a_config_of_its_own_that_builds(comparison):
     assert model.teachers['teacher'].loaded
 
 
+def test_a_shuffled_teacher_is_made_where_it_is_asked_for(comparison):
+    comparison.setting.arms = ['alone', 'distilled', 'shuffled']
+    trials = comparison._trials()
+    assert 'pkd_shuffled' in [arm.name for arm in trials.arms]
+    run = trials.runs['pkd_shuffled', 0]
+    file = run.settings.model.teachers.teacher.checkpoint
+    assert file != str(comparison.teacher.final)
+    model = tiny.build(run.settings.model)
+    model.init_weights()
+    assert model.teachers['teacher'].loaded
+
+
 def test_another_teacher_makes_distilled_results_stale(comparison, tmp_path):
     before = comparison._trials()
     prints = {key: run.fingerprint() for key, run in before.runs.items()}

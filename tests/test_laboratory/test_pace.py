@@ -23,7 +23,7 @@ class Steps:
 
 def test_arms_take_turns_and_the_first_round_does_not_count(monkeypatch):
     monkeypatch.setattr(pace, '_Steps', Steps)
-    monkeypatch.setattr(pace, '_batches', lambda settings: [0, 1])
+    monkeypatch.setattr(pace, 'load_batches', lambda settings: [0, 1])
     monkeypatch.setattr(pace.time, 'perf_counter', lambda: Steps.clock)
     arms = {
         name: Config(dict(name=name, seconds=seconds))
