@@ -163,11 +163,16 @@ def _gain(one: Mapping[str, Any] | None) -> str:
 
 
 def _lost(results: Mapping[str, Any]) -> list[str]:
+    """Runs without a result, an entry each arm and reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for arm in results['arms']:
+        for run in arm['runs']:
+            if run['status'] != 'done':
+                key = arm['title'], run['status']
+                found.setdefault(key, []).append(str(run['seed']))
     return [
-        f'{arm["title"]} seed {run["seed"]} {run["status"]}'
-        for arm in results['arms']
-        for run in arm['runs']
-        if run['status'] != 'done'
+        f'{title}, seed {", ".join(seeds)} ({status})'
+        for (title, status), seeds in found.items()
     ]
 
 

@@ -110,7 +110,7 @@ def test_teacher_alone_and_command_are_named(results):
 
 
 def test_a_lost_seed_is_named(results):
-    assert 'pkd seed 1 timed out' in page.section(results, 'cells')
+    assert 'pkd, seed 1 (timed out)' in page.section(results, 'cells')
 
 
 def test_numbers_of_other_code_are_marked(results):
