@@ -291,6 +291,9 @@ def pretended():
     They raise where a value, or a size that depends on one, is asked, and
     where a tensor of the CPU meets one of the device.
     """
+    # At its first backward pass torch starts threads for the devices it
+    # finds, the pretended one too, and could not be forked any more.
+    torch.ones(1, requires_grad=True).sum().backward()
     with FakeTensorMode(), NothingComesBack(), torch.no_grad():
         yield
 
