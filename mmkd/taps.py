@@ -47,6 +47,11 @@ class Record:
             RuntimeError: If the pass never called it, or a later layer
                 overwrote what it returned.
         """
+        outputs = self.outputs(path)
+        return outputs[0] if len(outputs) == 1 else Repeated(outputs)
+
+    def outputs(self, path: str) -> list[Any]:
+        """Outputs of a tap, call by call; raises as :meth:`at` does."""
         calls = self._called(path)
         if any(call.overwritten() for call in calls):
             raise RuntimeError(
@@ -54,8 +59,7 @@ class Record:
                 f'place by the layer after it (an inplace activation). Tap '
                 f'that layer instead, or set inplace=False there.'
             )
-        outputs = [call.output for call in calls]
-        return outputs[0] if len(outputs) == 1 else Repeated(outputs)
+        return [call.output for call in calls]
 
     def inputs(self, path: str) -> tuple[tuple, dict]:
         """Arguments of a tap's last call: positional ones, and by name."""

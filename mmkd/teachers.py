@@ -25,6 +25,7 @@ from mmkd.compat.checkpoint import (
     state_dict_of,
 )
 from mmkd.configs import read_config, student_config
+from mmkd.memory import Memory
 from mmkd.pixels import Pixels, translate
 from mmkd.registry import DETECTORS
 from mmkd.taps import Record, recording, resolve
@@ -55,10 +56,15 @@ class Teacher:
         sham: A control for experiments: show the teacher the next image of
             the batch instead, so that its targets are those of a teacher but
             of another image. What is gained from them is not knowledge.
+        cache: Gibibytes of main memory in which to keep its outputs, so that
+            an image it has seen is not shown to it again, see
+            :class:`mmkd.memory.Memory`. For few images whose augmentation is
+            resizing and flips; 0 keeps nothing.
         name: Name among the distiller's teachers, for messages.
 
     Raises:
         FileNotFoundError: If there is no such config.
+        ValueError: If ``cache`` is negative.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class Teacher:
         inherit: bool | Sequence[str] = False,
         ema: bool = True,
         sham: bool = False,
+        cache: float = 0.0,
         name: str = 'teacher',
     ) -> None:
         self.name, self.checkpoint, self.ema = name, checkpoint, ema
@@ -79,6 +86,9 @@ class Teacher:
         self.detector: nn.Module = DETECTORS.build(without_init(model))
         self.detector.eval().requires_grad_(False)
         self.pixels = Pixels.of(self.detector, f'Teacher {name!r}')
+        self.memory: Memory | None = None
+        if cache:
+            self.memory = Memory(self.detector, cache, f'Teacher {name!r}')
         self.paths: list[str] = []
         self.classes: tuple[str, ...] | None = None
         self.loaded = False
@@ -224,13 +234,19 @@ class Teacher:
         ]
         images = translate(images, shapes, pixels, self.pixels)
         paths = self.paths if paths is None else list(paths)
-        with (
-            torch.set_grad_enabled(grad),
-            recording(self.detector, paths, stop=True) as record,
-        ):
-            record.size = tuple(images.shape[-2:])
-            run_detector(self.detector, images, samples)
-        return record
+
+        def watch(images: Tensor, samples: list) -> Record:
+            with (
+                torch.set_grad_enabled(grad),
+                recording(self.detector, paths, stop=True) as record,
+            ):
+                record.size = tuple(images.shape[-2:])
+                run_detector(self.detector, images, samples)
+            return record
+
+        if self.memory is None or grad or not self.loaded:
+            return watch(images, samples)
+        return self.memory.recall(images, samples, paths, watch)
 
     def _another(self, images: Tensor, samples: list) -> tuple[Tensor, list]:
         # One image is what a model is checked with while it is built.
@@ -323,6 +339,12 @@ class Teachers(dict):
     def load(self) -> None:
         for teacher in self.values():
             teacher.load()
+
+    def forget(self) -> None:
+        """Empty what they keep of images they have seen."""
+        for teacher in self.values():
+            if teacher.memory is not None:
+                teacher.memory.forget()
 
     def check_files(self) -> None:
         for teacher in self.values():

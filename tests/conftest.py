@@ -1,3 +1,4 @@
+import mmkd  # noqa: F401, I001 - before mmdet, whose operators it brings
 import pytest
 import tiny
 import torch

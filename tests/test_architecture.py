@@ -25,6 +25,7 @@ ORDER = (
     'necks',
     'backbones',
     'taps',
+    'memory',
     'teachers',
     'terms',
     'distillers',

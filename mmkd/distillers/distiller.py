@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mmkd.build import build
 from mmkd.checks import check_name
 from mmkd.distillers.guard import Guard
+from mmkd.distillers.unlabelled import labelled_first, partly_labelled
 from mmkd.pixels import Pixels
 from mmkd.randomness import preserved, stream_seed
 from mmkd.registry import DETECTORS, MODELS
@@ -171,12 +172,20 @@ class Distilling:
         paths = self._student_paths(active)
         if self.observer is not None:
             paths = list(dict.fromkeys([*paths, *self.observer.paths]))
-        with recording(self, paths) as record:
-            losses = super().loss(batch_inputs, batch_data_samples)
+        images, samples, known = labelled_first(
+            batch_inputs, batch_data_samples
+        )
+        if known < len(samples):
+            losses, record = partly_labelled(
+                self, super().loss, images, samples, known, paths
+            )
+        else:
+            with recording(self, paths) as record:
+                losses = super().loss(images, samples)
         step = self._step(
             record,
-            batch_inputs,
-            batch_data_samples,
+            images,
+            samples,
             iteration=iteration,
             progress=progress,
             losses=dict(losses),

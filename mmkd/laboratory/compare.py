@@ -35,7 +35,13 @@ from mmkd.laboratory.digests import (
     file_digest,
     sources,
 )
-from mmkd.laboratory.pace import load_batches, ratios, step_times
+from mmkd.laboratory.pace import (
+    fresh,
+    load_batches,
+    new_images,
+    ratios,
+    step_times,
+)
 from mmkd.laboratory.page import publish
 from mmkd.laboratory.results import (
     Trials,
@@ -48,7 +54,7 @@ from mmkd.laboratory.results import (
     show_cases,
     versions,
 )
-from mmkd.laboratory.runs import DONE, Run, carry_out
+from mmkd.laboratory.runs import DONE, Run, carry_out, iterations
 from mmkd.laboratory.shuffled import save_shuffled
 from mmkd.recipes import DEFAULT, RECIPES, Pair, look
 
@@ -72,6 +78,7 @@ SETTINGS = dict(
     arms=ARMS,
     seeds=(0, 1, 2, 3, 4, 5),
     labels=None,
+    cache=1.0,
     share=1.0,
     draws=1000,
 )
@@ -155,6 +162,13 @@ def _parser() -> argparse.ArgumentParser:
         '--labels',
         type=int,
         help='train the student on so many images, another choice each seed',
+    )
+    parser.add_argument(
+        '--cache',
+        type=float,
+        metavar='GIB',
+        help='memory of each distilled training in which its teacher keeps '
+        'what it said of an image (default 1.0); 0 for none',
     )
     parser.add_argument(
         '--share',
@@ -293,6 +307,7 @@ class Comparison:
         self.student = read_config(setting.student, 'The student')
         self.student.model = student_config(self.student.model)
         self.data = data_digest(self.student)
+        self.facts = data_facts(self.student)
         self.teacher = self._teacher_run()
 
     def run(self) -> None:
@@ -364,7 +379,7 @@ class Comparison:
                 name=str(self.student.get('data_root', '')).strip('/'),
                 labels=setting.labels,
                 sha256=self.data,
-                **data_facts(self.student),
+                **self.facts,
             ),
             versions=versions(),
             machine=machine(),
@@ -408,12 +423,11 @@ class Comparison:
         with redirect_stdout(None), quiet():
             pair = look(self.student, self.teacher.settings)
         arms = self._arms(pair)
-        images = data_facts(self.student)['train_images']
         runs = {}
         weights = file_digest(self.teacher.final)
         for arm in arms:
             for seed in self.setting.seeds:
-                settings = build.seeded(arm, seed, self.setting.labels, images)
+                settings = self._seeded(arm, seed)
                 name = f'{arm.name}_seed{seed}'
                 file = self._write(name, settings)
                 keys = dict(self.data, code=code_digest(settings))
@@ -435,10 +449,17 @@ class Comparison:
                 runs[arm.name, seed] = run
         return Trials(arms, runs, list(self.setting.seeds), self.teacher)
 
+    def _seeded(self, arm: Arm, seed: int) -> Config:
+        return build.seeded(
+            arm, seed, self.setting.labels, self.facts['train_images']
+        )
+
     def _arms(self, pair: Pair) -> list[Arm]:
         wanted, setting = self.setting.arms, self.setting
         teacher = dict(
-            config=str(self.teacher.config), checkpoint=str(self.teacher.final)
+            config=str(self.teacher.config),
+            checkpoint=str(self.teacher.final),
+            cache=setting.cache,
         )
         first = build.alone(self.student)
         taught = [
@@ -510,8 +531,16 @@ class Comparison:
         ]
 
     def _times(self, arms: Sequence[Arm]) -> dict[str, float]:
-        """Ratios of step times, measured once and kept."""
+        """Ratios of step times, measured once and kept.
+
+        A teacher with a cache looks at an image once, so the mean step of a
+        whole training counts: the ratio holds for the first seed's images.
+        """
         path = self.folder / 'pace.json'
+        arms = [
+            replace(arm, settings=self._seeded(arm, self.setting.seeds[0]))
+            for arm in arms
+        ]
         keys = {
             arm.name: f'{config_digest(arm.settings)} '
             f'{code_digest(arm.settings)}'
@@ -527,20 +556,21 @@ class Comparison:
             print('Timing a training step of each arm ...')
             first = arms[0]
             with redirect_stdout(None), quiet():
-                times = step_times(
-                    {
-                        arm.name: arm.settings
-                        for arm in {
-                            arm.name: arm for arm in (first, *missing)
-                        }.values()
-                    }
-                )
-            for name, ratio in ratios(times, first.name).items():
+                chosen = {arm.name: arm.settings for arm in (first, *missing)}
+                times = step_times(chosen)
+                new = {
+                    name: new_images(one, iterations(one))
+                    for name, one in chosen.items()
+                    if fresh(name) in times
+                }
+            for name, ratio in ratios(times, first.name, new).items():
                 known[name] = dict(
                     key=keys[name],
                     ratio=ratio,
                     seconds=min(times[name]),
                     rounds=times[name],
+                    new_images=new.get(name),
+                    rounds_new=times.get(fresh(name)),
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(known, indent=1))
