@@ -34,6 +34,8 @@ class Arm:
         settings: Its config, without seed.
         method: The method it learns by.
         step_ratio: Time of a step relative to the student's alone.
+        unlabelled: Whether the teacher also teaches on the images that this
+            seed gives no labels.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Arm:
     settings: Config = field(repr=False)
     method: str | None = None
     step_ratio: float | None = None
+    unlabelled: bool = False
 
 
 def alone(student: Config) -> Arm:
@@ -129,6 +132,38 @@ def sham(arm: Arm, word: str, step_ratio: float | None) -> Arm:
         title=f'{arm.title}, {word}',
         kind='sham',
         step_ratio=step_ratio,
+    )
+
+
+def unlabelled(arm: Arm) -> Arm:
+    """A distilled arm whose teacher also teaches on images without labels.
+
+    Half of each batch is labelled, so that a step costs what it cost.
+
+    Args:
+        arm: The arm.
+
+    Raises:
+        ValueError: If it trains by epochs, or one image at a time.
+    """
+    who = 'The arm "unlabelled"'
+    if 'max_epochs' in arm.settings.train_cfg:
+        raise ValueError(
+            f'{who} mixes two sets without end, so it needs a training that '
+            f"counts iterations: train_cfg=dict(type='IterBasedTrainLoop', "
+            f'max_iters=…), and by_epoch=False in its schedules.'
+        )
+    if arm.settings.train_dataloader.batch_size < 2:
+        raise ValueError(
+            f'{who} needs a batch of a labelled and an unlabelled image. Set '
+            f'train_dataloader.batch_size to 2 or more.'
+        )
+    return replace(
+        arm,
+        name=f'{arm.name}_unlabelled',
+        title=f'{arm.title}, unlabelled images too',
+        method=f'{arm.method}_unlabelled',
+        unlabelled=True,
     )
 
 
@@ -250,11 +285,39 @@ def seeded(arm: Arm, seed: int, labels: int | None, images: int) -> Config:
         settings.get('randomness') or {}, seed=seed
     )
     if labels is not None:
-        dataset = settings.train_dataloader.dataset
-        while 'dataset' in dataset:
-            dataset = dataset.dataset
-        dataset.indices = subset(seed, labels, images)
+        loader = settings.train_dataloader
+        chosen = subset(seed, labels, images)
+        if arm.unlabelled:
+            _add_unlabelled(loader, chosen, images)
+        else:
+            _innermost(loader.dataset).indices = chosen
     return settings
+
+
+def _innermost(dataset: ConfigDict) -> ConfigDict:
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    return dataset
+
+
+def _add_unlabelled(
+    loader: ConfigDict, chosen: Sequence[int], images: int
+) -> None:
+    few, many = loader.dataset, copy.deepcopy(loader.dataset)
+    _innermost(few).indices = list(chosen)
+    inner = _innermost(many)
+    inner.indices = sorted(set(range(images)) - set(chosen))
+    inner.pipeline = [
+        one for one in inner.pipeline if one.type != 'LoadAnnotations'
+    ]
+    size = loader.batch_size
+    loader.dataset = ConfigDict(type='ConcatDataset', datasets=[few, many])
+    loader.sampler = ConfigDict(
+        type='MultiSourceSampler',
+        batch_size=size,
+        source_ratio=[size - size // 2, size // 2],
+    )
+    loader.pop('batch_sampler', None)
 
 
 def subset(seed: int, labels: int, images: int) -> list[int]:

@@ -59,8 +59,8 @@ from mmkd.laboratory.shuffled import save_shuffled
 from mmkd.recipes import DEFAULT, RECIPES, Pair, look
 
 ARMS = ('alone', 'time', 'distilled', 'sham')
-#: A control that is trained only where it is asked for.
-OPTIONAL = ('shuffled',)
+#: Arms that are trained only where they are asked for.
+OPTIONAL = ('shuffled', 'unlabelled')
 #: Ratios of step times are rounded up to this, so that methods share a
 #: control.
 GRAIN = 0.1
@@ -468,22 +468,38 @@ class Comparison:
             )
             for method in setting.methods
         ]
-        times = self._times([first, *taught])
-        taught = [
-            replace(arm, step_ratio=round(times[arm.name], 3))
-            for arm in taught
-        ]
+        more = [] if 'unlabelled' not in wanted else self._unlabelled(taught)
+        times = self._times([first, *taught, *more])
+        taught, more = (
+            [
+                replace(arm, step_ratio=round(times[arm.name], 3))
+                for arm in group
+            ]
+            for group in (taught, more)
+        )
         arms = [first] if 'alone' in wanted else []
         if 'time' in wanted:
-            arms += self._controls(taught)
+            arms += self._controls([*taught, *more])
         if 'distilled' in wanted:
             arms += taught
+        arms += more
         if 'sham' in wanted:
             arms += self._shams(pair, taught, dict(teacher, sham=True), 'sham')
         if 'shuffled' in wanted:
             other = dict(teacher, checkpoint=str(self._shuffled()))
             arms += self._shams(pair, taught, other, 'shuffled')
         return arms
+
+    def _unlabelled(self, taught: Sequence[Arm]) -> list[Arm]:
+        labels, images = self.setting.labels, self.facts['train_images']
+        if labels is None or labels >= images:
+            raise ValueError(
+                f'the arm "unlabelled" needs images without labels: set '
+                f'--labels below {images}, the number of training images.'
+            )
+        return [
+            build.unlabelled(arm) for arm in taught if arm.kind == 'distilled'
+        ]
 
     def _shams(
         self, pair: Pair, taught: Sequence[Arm], teacher: dict, word: str

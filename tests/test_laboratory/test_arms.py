@@ -1,5 +1,4 @@
 import json
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -168,7 +167,7 @@ def test_the_labels_are_chosen_inside_of_wrapped_sets(student):
     wrapped.train_dataloader.dataset = dict(
         type='RepeatDataset', dataset=dict(type='CocoDataset')
     )
-    arm = SimpleNamespace(settings=wrapped)
+    arm = arms.alone(wrapped)
     settings = arms.seeded(arm, 0, 3, 10)
     assert len(settings.train_dataloader.dataset.dataset.indices) == 3
 
@@ -176,3 +175,62 @@ def test_the_labels_are_chosen_inside_of_wrapped_sets(student):
 def test_more_labels_than_images_is_an_error():
     with pytest.raises(ValueError, match='Ask for 1 to 10'):
         arms.subset(0, 11, 10)
+
+
+# Images without labels -------------------------------------------------------
+
+LOAD, ANNOTATE, PACK = (
+    dict(type=name)
+    for name in ('LoadImageFromFile', 'LoadAnnotations', 'PackDetInputs')
+)
+
+
+@pytest.fixture
+def few(student, teacher, pair):
+    """A distilled arm with five images a batch."""
+    one = Config(student.to_dict())
+    one.train_dataloader = dict(
+        batch_size=5,
+        batch_sampler=dict(type='AspectRatioBatchSampler'),
+        dataset=dict(
+            type='RepeatDataset',
+            dataset=dict(type='CocoDataset', pipeline=[LOAD, ANNOTATE, PACK]),
+        ),
+    )
+    return arms.distilled(one, teacher, pair, 'pkd')
+
+
+def test_what_has_no_labels_is_the_rest_of_the_training_set(few):
+    plain = arms.seeded(few, 1, 4, 10).train_dataloader
+    loader = arms.seeded(arms.unlabelled(few), 1, 4, 10).train_dataloader
+    known, rest = (one.dataset for one in loader.dataset.datasets)
+    assert known.indices == plain.dataset.dataset.indices
+    assert sorted([*known.indices, *rest.indices]) == list(range(10))
+    assert known.pipeline == [LOAD, ANNOTATE, PACK]
+    assert rest.pipeline == [LOAD, PACK]
+    assert loader.sampler == dict(
+        type='MultiSourceSampler', batch_size=5, source_ratio=[3, 2]
+    )
+    assert loader.batch_size == 5
+    assert 'batch_sampler' not in loader
+
+
+def test_it_is_compared_as_a_method_of_its_own(few):
+    one = arms.unlabelled(few)
+    assert (one.name, one.method) == ('pkd_unlabelled', 'pkd_unlabelled')
+    assert one.kind == 'distilled'
+    assert one.settings.model == few.settings.model
+
+
+@pytest.mark.parametrize(
+    ('change', 'complaint'),
+    [
+        (dict(train_cfg=dict(max_epochs=3)), 'counts iterations'),
+        (dict(train_dataloader=dict(batch_size=1)), '2 or more'),
+    ],
+)
+def test_what_cannot_be_mixed_is_said(few, change, complaint):
+    for key, value in change.items():
+        few.settings[key] = value
+    with pytest.raises(ValueError, match=complaint):
+        arms.unlabelled(few)

@@ -176,6 +176,56 @@ def test_a_shuffled_teacher_is_made_where_it_is_asked_for(comparison):
     assert model.teachers['teacher'].loaded
 
 
+def test_images_without_labels_are_an_arm_where_it_is_asked_for(comparison):
+    comparison.setting.arms = [*compare.ARMS, 'unlabelled']
+    comparison.setting.methods = ['pkd']
+    with pytest.raises(ValueError, match=r'--labels below \d+'):
+        comparison._trials()
+    comparison.setting.labels = 2
+    trials = comparison._trials()
+    assert [arm.name for arm in trials.arms] == [
+        'alone',
+        'alone_x1.30',
+        'pkd',
+        'pkd_unlabelled',
+        'pkd_sham',
+    ]
+    run = trials.runs['pkd_unlabelled', 0]
+    assert run.settings.train_dataloader.dataset.type == 'ConcatDataset'
+
+
+def test_the_teacher_keeps_what_it_said(comparison):
+    trials = comparison._trials()
+    for arm in ('pkd', 'pkd_sham'):
+        model = trials.runs[arm, 0].settings.model
+        assert model.teachers.teacher.cache == 1.0
+
+
+def test_a_cached_step_counts_with_its_share_of_new_images(
+    comparison, monkeypatch
+):
+    shown = []
+
+    def count(settings, steps):
+        shown.append(steps)
+        return 0.25
+
+    monkeypatch.setattr(
+        compare,
+        'step_times',
+        lambda arms: {
+            'alone': [1.0],
+            'pkd': [1.2],
+            'pkd, new images': [2.0],
+        },
+    )
+    monkeypatch.setattr(compare, 'new_images', count)
+    comparison.setting.methods = ['pkd']
+    trials = comparison._trials()
+    assert shown == [2]
+    assert trials.arms[2].step_ratio == 1.4
+
+
 def test_another_teacher_makes_distilled_results_stale(comparison, tmp_path):
     before = comparison._trials()
     prints = {key: run.fingerprint() for key, run in before.runs.items()}
