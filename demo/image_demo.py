@@ -32,6 +32,7 @@ from mmkd.analysis.pictures import (
 )
 from mmkd.checks import check_fraction, check_name
 from mmkd.compat.checkpoint import (
+    TERM_PREFIX,
     check_file,
     classes_of,
     read_checkpoint,
@@ -39,7 +40,6 @@ from mmkd.compat.checkpoint import (
 )
 from mmkd.configs import read_config, student_config
 from mmkd.engine.fit import Fit
-from mmkd.teachers import TERM_PREFIX
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

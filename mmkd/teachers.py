@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmkd.checks import check_name
 from mmkd.compat.checkpoint import (
+    TERM_PREFIX,
     check_file,
     classes_of,
     read_checkpoint,
@@ -29,9 +30,6 @@ from mmkd.memory import Memory
 from mmkd.pixels import Pixels, translate
 from mmkd.registry import DETECTORS
 from mmkd.taps import Record, recording, resolve
-
-#: Weights of terms in a distilled student's checkpoint; no detector's own.
-TERM_PREFIX = 'terms.'
 
 
 class Teacher:

@@ -14,7 +14,7 @@ from mmengine.analysis import get_model_complexity_info
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
-from mmkd.teachers import TERM_PREFIX
+from mmkd.compat.checkpoint import TERM_PREFIX
 
 
 def parameters(detector: nn.Module) -> int:

@@ -36,6 +36,9 @@ __all__ = [
     'state_dict_of',
 ]
 
+#: Weights of terms in a distilled student's checkpoint; no detector's own.
+TERM_PREFIX = 'terms.'
+
 #: What a HistoryBuffer computes; a checkpoint names these by ``getattr``.
 _STATISTICS = ('min', 'max', 'current', 'mean')
 #: NumPy's name for its core until 1.26 and since 2.0.

@@ -8,8 +8,7 @@ from typing import Any
 from mmengine.model import BaseTTAModel
 from torch import nn
 
-from mmkd.compat.checkpoint import state_dict_of
-from mmkd.teachers import TERM_PREFIX
+from mmkd.compat.checkpoint import TERM_PREFIX, state_dict_of
 
 
 class Fit:
