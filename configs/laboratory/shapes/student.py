@@ -6,7 +6,7 @@ data_root = 'data/shapes/'
 metainfo = dict(
     classes=('disc', 'square', 'triangle', 'plus', 'star', 'crescent')
 )
-iterations = 600
+iterations = 400
 
 model = dict(
     type='GFL',
@@ -135,7 +135,7 @@ test_evaluator = dict(
 )
 
 train_cfg = dict(
-    type='IterBasedTrainLoop', max_iters=iterations, val_interval=150
+    type='IterBasedTrainLoop', max_iters=iterations, val_interval=200
 )
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
@@ -158,7 +158,7 @@ param_scheduler = [
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=10, log_metric_by_epoch=False),
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=300, max_keep_ckpts=1
+        type='CheckpointHook', by_epoch=False, interval=200, max_keep_ckpts=1
     ),
 )
 log_processor = dict(type='LogProcessor', window_size=10, by_epoch=False)
