@@ -146,3 +146,41 @@ def test_the_committed_page_is_the_one_of_the_committed_numbers():
     made = page.page(root / 'results')
     kept = (root / 'results.md').read_text(encoding='utf-8')
     assert made.replace(' (stale)', '') == kept.replace(' (stale)', '')
+
+
+# The default recipe ----------------------------------------------------------
+
+
+def as_default(results, **control):
+    text = json.dumps(results).replace('"pkd"', '"default"')
+    results = json.loads(text)
+    for one in results['comparisons']:
+        if one['against'] == 'alone_x1.40':
+            one.update(control)
+    return results
+
+
+def test_the_default_recipe_is_summed_up(results):
+    text = page.of_default([as_default(results)])
+    assert (
+        '| Cells | 40.0 | 15.0 | 16.0 | 30.0 | +6.5 (-1.5 to +14.5) | 25% '
+        '| 25% | 1 of 2 |'
+    ) in text
+    assert 'It is not shown to help: Cells.' in text
+
+
+def test_it_says_where_it_helps_and_where_not(results):
+    good, bad = as_default(results, low=1.0), as_default(results, high=-1.0)
+    good['title'], bad['title'] = 'Good', 'Bad'
+    bad['comparisons'][1].update(low=-9.0)
+    other = as_default(results)
+    other['comparisons'].pop()
+    text = page.of_default([good, bad, other, results])
+    assert 'It helps: Good.' in text
+    assert 'It harms: Bad.' in text
+    assert 'Not measured against equal time: Cells.' in text
+    assert text.count('| Cells |') == 1  # pkd alone has no row
+
+
+def test_no_default_no_words(results):
+    assert page.of_default([results]) == ''
