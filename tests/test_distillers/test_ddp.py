@@ -14,7 +14,7 @@ from mmkd.terms.term import Term
 STEPS = 4
 
 
-def student(teacher_file, **schedule):
+def student(teacher_file, balanced=False):
     """A tiny student with a term that has weights of its own."""
     teachers = dict(
         big=dict(
@@ -32,6 +32,9 @@ def student(teacher_file, **schedule):
             schedule=dict(type='mmkd.StopAfter', fraction=0.5),
         )
     )
+    if balanced:
+        terms = dict(mimic=dict(type='mmkd.BalancedTerm', terms=terms))
+        terms['mimic']['interval'] = 1
     model = tiny.build(tiny.distilled(tiny.retinanet(), teachers, terms))
     model.init_weights()
     return model
@@ -53,7 +56,9 @@ def train(model, rank):
         hub.update_info('iter', step)
         data = tiny.pixels(*tiny.batch(seed=10 * rank + step))
         log = wrapped.train_step(data, optimiser)
-        logged.append(log['loss_kd_mimic'].item())
+        logged.append(
+            sum(v.item() for k, v in log.items() if 'loss_kd_mimic' in k)
+        )
     return logged
 
 
@@ -61,9 +66,9 @@ def weights(model):
     return torch.cat([one.detach().flatten() for one in model.parameters()])
 
 
-def attempt(teacher_file, rank):
+def attempt(teacher_file, rank, balanced=False):
     """What a run logged and whether all processes ended alike."""
-    model = student(teacher_file)
+    model = student(teacher_file, balanced)
     before = weights(model.terms)
     try:
         logged = train(model, rank)
@@ -75,6 +80,7 @@ def attempt(teacher_file, rank):
         alike=all(torch.equal(ends[0], one) for one in ends),
         processes=len(ends),
         learnt=not torch.equal(before, weights(model.terms)),
+        norms=getattr(model.terms.mimic, 'norms', None),
     )
 
 
@@ -83,7 +89,10 @@ def work(rank, address, teacher_file, result):
     distributed.init_process_group(
         'gloo', init_method=address, rank=rank, world_size=2
     )
-    found = dict(touching=attempt(teacher_file, rank))
+    found = dict(
+        touching=attempt(teacher_file, rank),
+        balanced=attempt(teacher_file, rank, balanced=True),
+    )
     # As it would be if an idle term left its weights out of the step.
     Term.touch = lambda self: 0.0
     found['silent'] = attempt(teacher_file, rank)
@@ -121,6 +130,18 @@ def test_both_processes_end_with_equal_weights(runs):
 def test_each_process_saw_its_own_images(runs):
     first, second = (one['touching']['logged'] for one in runs)
     assert first[:2] != second[:2]
+
+
+def test_weights_by_gradient_are_those_of_all_processes(runs):
+    """Measured on each one's images, and averaged."""
+    one, other = (run['balanced'] for run in runs)
+    for run in (one, other):
+        assert 'error' not in run, run['error']
+        assert run['alike']
+        assert run['learnt']
+        assert run['norms'].item() > 0
+    assert torch.equal(one['norms'], other['norms'])
+    assert one['logged'][:2] != other['logged'][:2]
 
 
 def test_without_touching_its_weights_the_run_would_fail(runs):
