@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class FeatureTerm(Term):
     """Distance between maps of the student and maps of a teacher.
 
-    .. math:: \\sum_l loss_l(align(student[tap])_l, teacher[tap]_l)
+    .. math:: \\sum_l loss_l(align(student[tap])_l, teacher[tap]_l; weight_l)
 
     A loss of ``scope = 'level'`` is built once a level, each with its own
     weights, and summed; one of ``scope = 'levels'`` is built once and gets all
@@ -44,6 +44,9 @@ class FeatureTerm(Term):
             teacher; as the student's if None.
         teacher_align: The same for the teacher's maps. It gets no gradient
             through them, but its own weights learn.
+        weight: Config of what says how much each cell counts, of
+            ``mmkd.weights``; the loss gets its maps as a fourth argument. The
+            loss's own rule if None.
         schedule: Factor over the training; constant 1 if None.
 
     Raises:
@@ -63,6 +66,7 @@ class FeatureTerm(Term):
         teacher_levels: Sequence[int] | None = None,
         teacher_output: int | None = None,
         teacher_align: Mapping | None = None,
+        weight: Mapping | None = None,
         schedule: Mapping | None = None,
     ) -> None:
         super().__init__(schedule)
@@ -87,6 +91,7 @@ class FeatureTerm(Term):
             teacher_align, 'teacher_align', count
         )
         self.losses = _build_losses(loss, self.levels)
+        self.weight = _build_weight(weight, self.losses[0])
         if not self.joint:
             _check_pairing(self.levels, self.teacher_levels)
 
@@ -104,6 +109,8 @@ class FeatureTerm(Term):
         for path in self.teacher_taps:
             teachers[self.teacher].tap(path)
         self.teacher_names = [self.teacher]
+        if self.weight is not None:
+            self.weight.bind(self, student, teachers[self.teacher])
 
     def silent(self) -> bool:
         return all(
@@ -121,12 +128,36 @@ class FeatureTerm(Term):
             student = self.align(student, teacher)
         if self.teacher_align is not None:
             teacher = self.teacher_align(teacher, student)
+        weights = None if self.weight is None else self._weights(step, student)
         if self.joint:
-            return self.losses[0](student, teacher, step.gt)
+            more = () if weights is None else (weights,)
+            return self.losses[0](student, teacher, step.gt, *more)
+        more = [()] * len(student) if weights is None else zip(weights)
         return _sum(
-            self._level_loss(level)(one, other, step.gt)
-            for level, (one, other) in enumerate(zip(student, teacher))
+            self._level_loss(level)(one, other, step.gt, *extra)
+            for level, (one, other, extra) in enumerate(
+                zip(student, teacher, more)
+            )
         )
+
+    def _weights(
+        self, step: Step, maps: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """How much each cell of the maps counts, (N, 1 or A, H, W) each."""
+        weights = tuple(self.weight(step))
+        if self.levels is not None:
+            weights = tuple(weights[level] for level in self.levels)
+        sizes, wanted = (
+            [(len(one), *one.shape[-2:]) for one in group]
+            for group in (weights, maps)
+        )
+        if sizes != wanted:
+            raise ValueError(
+                f'{type(self.weight).__name__} weighs maps of (images, rows, '
+                f'columns) {sizes}, the term compares maps of {wanted}. Tap '
+                f'levels of the same strides.'
+            )
+        return weights
 
     def maps(
         self, step: Step
@@ -264,6 +295,18 @@ def _build_losses(
         )
         for level in levels
     )
+
+
+def _build_weight(config: Mapping | None, loss: nn.Module) -> nn.Module | None:
+    if config is None:
+        return None
+    if 'weight' not in inspect.signature(loss.forward).parameters:
+        raise ValueError(
+            f'{type(loss).__name__} says itself how much each cell counts; it '
+            f'takes no weight=. Leave weight out, or use a loss that does, '
+            f'for instance mmkd.WeightedMSELoss.'
+        )
+    return build(config, 'weight')
 
 
 def _levels_wanted(kind: type) -> str:
