@@ -129,7 +129,8 @@ def test_there_are_configs_of_every_published_pair():
 @EVERY
 def test_name_says_method_detector_pair_neck_schedule_and_data(path):
     assert NAME.fullmatch(path.name)
-    assert path.name.startswith(f'{path.parent.name}_')
+    variant = r'(-[a-z]+)?_'
+    assert re.match(re.escape(path.parent.name) + variant, path.name)
 
 
 @EVERY

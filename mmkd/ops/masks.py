@@ -117,6 +117,19 @@ def background_mask(
     return background / background.sum((2, 3), keepdim=True).clamp(min=1)
 
 
+def equal_weight(gt: GroundTruth | None, feature: Tensor) -> Tensor:
+    """One for each cell of a map, 0 for the padded border, (N, 1, H, W).
+
+    Args:
+        gt: The batch, which knows its border; no cell is border if None.
+        feature: The map, (N, C, H, W).
+    """
+    size = tuple(feature.shape[-2:])
+    if gt is None:
+        return feature.new_ones(len(feature), 1, *size, dtype=torch.float32)
+    return valid_mask(gt, size)
+
+
 def union_mask(
     gt: GroundTruth,
     size: tuple[int, int],
