@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from torch import nn
 
 from mmkd.checks import check_name
 from mmkd.configs import student_config
@@ -47,6 +49,27 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """What two dense heads have in common.
+
+    Attributes:
+        classes: Class scores of an anchor.
+        sigmoid: Whether each of them is a sigmoid, on both sides.
+        bins: Of the distribution of a box's edge, if both have the same.
+        convs: Convolutions of the shorter towers, 0 where there are none.
+        widths: Channels of the student's towers and of the teacher's.
+        strides: Whether the strides are the same.
+    """
+
+    classes: int
+    sigmoid: bool
+    bins: int | None
+    convs: int
+    widths: tuple[int, int]
+    strides: bool
+
+
+@dataclass(frozen=True)
 class Pair:
     """What two detectors have in common.
 
@@ -55,12 +78,14 @@ class Pair:
         levels: Levels of equal stride, the finest first.
         student: The student's plain ``model``.
         teacher: The teacher's name among the distiller's teachers.
+        heads: What their dense heads share; None if one has none.
     """
 
     tap: str
     levels: tuple[Level, ...]
     student: Mapping = field(repr=False)
     teacher: str = 'teacher'
+    heads: Heads | None = None
 
     def term(self, loss: Mapping, adapt: bool = True, **more: Any) -> dict:
         """A feature term over all common levels.
@@ -115,6 +140,22 @@ class Pair:
             **more,
         )
 
+    def classes(self, loss: str, **more: Any) -> dict:
+        """A term over class scores whose loss knows the classes.
+
+        Args:
+            loss: Type of the loss.
+            **more: Its arguments.
+        """
+        classes = None if self.heads is None else self.heads.classes
+        return self.scores(dict(type=loss, num_classes=classes, **more))
+
+    @property
+    def activation(self) -> str:
+        """How both heads turn scores into probabilities."""
+        sigmoid = self.heads is None or self.heads.sigmoid
+        return 'sigmoid' if sigmoid else 'softmax'
+
     @property
     def channels(self) -> int:
         """The teacher's channels, of a loss that takes one number.
@@ -154,7 +195,10 @@ def look(
     models = [student_config(one['model']) for one in (student, teacher)]
     tap = 'neck' if all('neck' in one for one in models) else 'backbone'
     with preserved():
-        own, other = (_shapes(model, tap) for model in models)
+        detectors = [
+            DETECTORS.build(without_init(model)).eval() for model in models
+        ]
+        own, other = (_shapes(one, tap) for one in detectors)
     levels = []
     for index, (channels, stride, scores) in enumerate(own):
         match = [
@@ -185,14 +229,48 @@ def look(
             f'{[stride for _, stride, _ in other]}. Write the term by hand, '
             f"with align=dict(type='mmkd.ResizeAdapt')."
         )
-    return Pair(tap, tuple(levels), models[0], name)
+    return Pair(tap, tuple(levels), models[0], name, _heads(*detectors))
+
+
+def _heads(*detectors: nn.Module) -> Heads | None:
+    heads = [getattr(one, 'bbox_head', None) for one in detectors]
+    if not all(hasattr(one, 'num_classes') for one in heads):
+        return None
+    bins = {getattr(one, 'reg_max', None) for one in heads}
+    most = bins.pop() if len(bins) == 1 else None
+    strides = [
+        [tuple(x) for x in one.prior_generator.strides]
+        if hasattr(one, 'prior_generator')
+        else None
+        for one in heads
+    ]
+    towers = [
+        getattr(one, name, ())
+        for one in heads
+        for name in ('cls_convs', 'reg_convs')
+    ]
+    shared = all(
+        isinstance(layer, ConvModule) for tower in towers for layer in tower
+    )
+    convs = min(map(len, towers)) if shared else 0
+    return Heads(
+        classes=getattr(heads[0], 'cls_out_channels', heads[0].num_classes),
+        sigmoid=all(getattr(one, 'use_sigmoid_cls', True) for one in heads),
+        bins=None if most is None else most + 1,
+        convs=convs,
+        widths=(
+            (towers[0][0].out_channels, towers[2][0].out_channels)
+            if convs
+            else (0, 0)
+        ),
+        strides=strides[0] is not None and strides[0] == strides[1],
+    )
 
 
 def _shapes(
-    model: Mapping, tap: str
+    detector: nn.Module, tap: str
 ) -> list[tuple[int, int, tuple[int, ...] | None]]:
     """Channels, stride and shape of the class scores of each level."""
-    detector = DETECTORS.build(without_init(model)).eval()
     images = torch.rand(1, 3, CHECK_SIZE, CHECK_SIZE)
     dense = getattr(detector, 'bbox_head', None) is not None
     paths = [tap, 'bbox_head'] if dense else [tap]
@@ -342,6 +420,111 @@ def rkd(pair: Pair) -> Terms:
 @_method
 def sp(pair: Pair) -> Terms:
     return dict(sp=pair.term(dict(type='mmkd.SPLoss'), adapt=False))
+
+
+@_method
+def ssim(pair: Pair) -> Terms:
+    return dict(ssim=pair.term(dict(type='mmkd.SSIMLoss', loss_weight=4.0)))
+
+
+@_method
+def amd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.AMDLoss', channels=pair.channels)
+    return dict(amd=pair.term(loss))
+
+
+@_method
+def dmkd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.DMKDLoss', channels=pair.channels)
+    return dict(dmkd=pair.term(loss))
+
+
+@_method
+def cckd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.CCKDLoss', loss_weight=10.0)
+    return dict(cckd=pair.term(loss, adapt=False))
+
+
+@_method
+def affinity(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.AffinityLoss')
+    return dict(affinity=pair.term(loss, adapt=False))
+
+
+@_method
+def frs(pair: Pair) -> Terms:
+    """Features and class scores, as the teacher scores each cell."""
+    feature = pair.term(
+        dict(type='mmkd.WeightedMSELoss', loss_weight=1.28),
+        weight=dict(type='mmkd.ScoreWeight'),
+    )
+    scores = pair.classes('mmkd.SoftTargetLoss', loss_weight=0.02)
+    return dict(feature=feature, scores=scores)
+
+
+@_method
+def soft_target(pair: Pair) -> Terms:
+    term = pair.classes('mmkd.SoftTargetLoss', activation=pair.activation)
+    return dict(soft_target=term)
+
+
+@_method
+def dist(pair: Pair) -> Terms:
+    term = pair.classes('mmkd.DISTLoss', activation=pair.activation)
+    return dict(dist=term)
+
+
+@_method
+def dkd(pair: Pair) -> Terms:
+    return dict(dkd=pair.classes('mmkd.DKDLoss'))
+
+
+@_method
+def nkd(pair: Pair) -> Terms:
+    return dict(nkd=pair.classes('mmkd.NKDLoss'))
+
+
+@_method
+def bckd(pair: Pair) -> Terms:
+    return dict(bckd=pair.classes('mmkd.BCKDClassLoss'))
+
+
+@_method
+def ld(pair: Pair) -> Terms:
+    if pair.heads is None or pair.heads.bins is None:
+        raise ValueError(
+            'ld compares the distributions of box edges, which not both heads '
+            'have, or not with the same reg_max. Choose another method, for '
+            'instance crosskd.'
+        )
+    term = pair.scores(
+        dict(type='mmkd.LDLoss'), weight=dict(type='mmkd.PositiveWeight')
+    )
+    return dict(ld=dict(term, output=1))
+
+
+@_method
+def crosskd(pair: Pair) -> Terms:
+    if pair.heads is None or pair.heads.convs < 1 or not pair.heads.strides:
+        raise ValueError(
+            "crosskd runs the student's head through the teacher's, which "
+            'needs dense heads of the same strides with towers cls_convs and '
+            'reg_convs. Choose a method on features, for instance pkd.'
+        )
+    term = dict(
+        type='mmkd.CrossHeadTerm',
+        teacher=pair.teacher,
+        convs=max(pair.heads.convs - 1, 1),
+    )
+    own, other = pair.heads.widths
+    if own != other:
+        term['align'] = dict(
+            type='mmkd.ConvAdapt',
+            in_channels=own,
+            out_channels=other,
+            num_levels=len(pair.levels),
+        )
+    return dict(cross=term)
 
 
 @_method

@@ -1,3 +1,4 @@
+import heads
 import pytest
 import tiny
 from mmengine.config import Config
@@ -79,7 +80,10 @@ def test_without_a_common_stride_the_two_cannot_be_paired():
 @pytest.mark.parametrize('method', sorted(RECIPES))
 @pytest.mark.parametrize('share', [None, 0.5])
 def test_every_method_trains_a_pair_of_unequal_widths(build, method, share):
-    student, teacher = tiny.retinanet(), tiny.retinanet(channels=24)
+    if method == 'ld':  # compares distributions
+        student, teacher = heads.gfl(), heads.gfl(base=16)
+    else:
+        student, teacher = tiny.retinanet(), tiny.retinanet(channels=24)
     pair = look(dict(model=student), dict(model=teacher), 'big')
     model = build(student, teacher, recipe(method, pair, share))
     losses = model.loss(*tiny.batch())
@@ -163,3 +167,43 @@ def test_a_method_without_anchors_says_what_else_there_is(pair):
 def test_a_misspelt_method_gets_the_nearest_name(pair):
     with pytest.raises(ValueError, match="Did you mean 'fgd'"):
         recipe('fgdd', pair)
+
+
+# Heads -----------------------------------------------------------------------
+
+
+def test_heads_are_looked_at():
+    one, other = heads.gfl(convs=2), heads.gfl(base=16, convs=4)
+    other['bbox_head']['feat_channels'] = 24
+    found = look(dict(model=one), dict(model=other)).heads
+    assert (found.classes, found.sigmoid, found.bins) == (3, True, 4)
+    assert (found.convs, found.widths, found.strides) == (2, (16, 24), True)
+
+
+def test_what_heads_do_not_share():
+    one, other = heads.gfl(bins=4), heads.gfl(bins=8)
+    assert look(dict(model=one), dict(model=other)).heads.bins is None
+    mixed = look(dict(model=heads.gfl()), dict(model=heads.atss())).heads
+    assert mixed.bins is None
+    assert mixed.convs == 1
+    two_stage = look(
+        dict(model=tiny.retinanet()), dict(model=tiny.faster_rcnn())
+    )
+    assert two_stage.heads is None
+
+
+def test_a_method_that_does_not_fit_names_one_that_does():
+    pair = look(dict(model=tiny.retinanet()), dict(model=tiny.retinanet()))
+    with pytest.raises(ValueError, match=r'ld compares.*crosskd'):
+        recipe('ld', pair)
+    pair = look(dict(model=tiny.retinanet()), dict(model=tiny.faster_rcnn()))
+    with pytest.raises(ValueError, match=r'crosskd runs.*pkd'):
+        recipe('crosskd', pair)
+
+
+def test_the_crossing_leaves_the_teacher_a_layer():
+    one = heads.gfl(convs=4)
+    pair = look(dict(model=one), dict(model=heads.gfl(base=16, convs=4)))
+    term = recipe('crosskd', pair)['cross']
+    assert term['convs'] == 3
+    assert 'align' not in term

@@ -50,6 +50,12 @@ KINDS = (
         "`model = dict(terms=dict(name=dict(type='mmkd.…')))`.",
     ),
     (
+        'Weights',
+        'mmkd.terms.weights',
+        'How much each cell counts. In a term whose loss takes a weight: '
+        "`weight=dict(type='mmkd.…')`.",
+    ),
+    (
         'Alignments',
         'mmkd.necks',
         "What makes the student's maps comparable. In a term: "
@@ -112,7 +118,9 @@ def generate(root: Path = ROOT) -> dict[Path, str]:
     texts = {root / CARDS: cards_page(kinds, configs)}
     readme = root / 'README.md'
     if readme.is_file():
-        table = method_table(kinds[0][2], configs)
+        losses, terms = kinds[0][2], kinds[1][2]
+        methods = losses + [one for one in terms if one.paper()[1]]
+        table = method_table(methods, configs)
         text = readme.read_text(encoding='utf-8')
         texts[readme] = between_markers(text, table)
     return texts
@@ -239,13 +247,19 @@ def read_methods(package: str) -> Iterator[Method]:
         classes = _registered(module)
         if package != 'mmkd.losses':
             for one in classes:
-                yield Method(one.__name__, '', module, [one], [])
+                about = _summary(module)[1]
+                yield Method(one.__name__, about, module, [one], [])
         elif classes:
-            first = inspect.getdoc(module).split('\n\n')[0]
-            title, _, about = ' '.join(first.split()).partition(': ')
-            about = about[:1].upper() + about[1:]
+            title, about = _summary(module)
             functions = _functions(module)
             yield Method(title, about, module, classes, functions)
+
+
+def _summary(module: ModuleType) -> tuple[str, str]:
+    """Title and sentence of a module's first line, ``Title: sentence.``"""
+    first = inspect.getdoc(module).split('\n\n')[0]
+    title, _, about = ' '.join(first.split()).partition(': ')
+    return title, about[:1].upper() + about[1:]
 
 
 def _functions(module: ModuleType) -> list[Any]:
@@ -452,9 +466,9 @@ def _config_table(configs: list[Card]) -> str:
 
 
 def method_table(methods: list[Method], configs: list[Card]) -> str:
-    """The README's table: one row a loss."""
+    """The README's table: one row a loss, or a term that is a method."""
     rows = [
-        '| method | the idea | source | loss | configs |',
+        '| method | the idea | source | type | configs |',
         '|' + '---|' * 5,
     ]
     for method in methods:

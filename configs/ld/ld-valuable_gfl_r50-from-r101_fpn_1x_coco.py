@@ -2,12 +2,13 @@
 
 python tools/train.py configs/ld/ld-valuable_gfl_r50-from-r101_fpn_1x_coco.py
 
-Published: 42.1 AP, the authors' README, with the classes of positives distilled
-    as well, which is not done here.
+Published: 42.1 AP, the authors' README, with the classes of positives
+    distilled as well, which is not done here.
 Trained by us: no.
-Read: MMDetection's config and LDHead for the main region; for the valuable one
-    a summary of the authors' code (https://github.com/HikariTJU/LD), from which
-    its weight is: theirs divides by 16 where the main region divides by 4.
+Read: MMDetection's config and LDHead for the main region; for the valuable
+    one a summary of the authors' code (https://github.com/HikariTJU/LD),
+    from which its weight is: theirs divides by 16 where the main region
+    divides by 4.
 Schedule: 12 epochs of 16 images a step (8 GPUs x 2) at learning rate 0.01;
     with another number of images add --auto-scale-lr.
 Changed besides model: nothing.

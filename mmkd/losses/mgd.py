@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkd.checks import check_channels, check_fraction, check_same_shape
+from mmkd.ops.generation import generation_block
 from mmkd.ops.numeric import as_float
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth
@@ -63,11 +64,7 @@ class MGDLoss(nn.Module):
         self.channels = channels
         self.loss_weight = loss_weight
         self.mask_ratio = mask_ratio
-        self.generation = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
+        self.generation = generation_block(channels)
 
     def forward(
         self, student: Tensor, teacher: Tensor, gt: GroundTruth | None = None

@@ -81,8 +81,8 @@ def foreground_mask(
                 [0.2500, 0.2500, 0.0000],
                 [0.0000, 0.0000, 0.0000]])
     """
-    spans = _spans(gt.boxes, gt.shape, size, inclusive=True)
-    mask = _draw(*spans, gt.image, gt.num_images)
+    extents = box_spans(gt.boxes, gt.shape, size, inclusive=True)
+    mask = draw_boxes(*extents, gt.image, gt.num_images)
     return mask * valid_mask(gt, size, keep_padding, keep_ignored)
 
 
@@ -215,13 +215,13 @@ def maximum_per_image(
 def _union(
     boxes: Tensor, image: Tensor, gt: GroundTruth, size: tuple[int, int]
 ) -> Tensor:
-    rows, columns, _ = _spans(boxes, gt.shape, size, inclusive=False)
-    return _draw(
+    rows, columns, _ = box_spans(boxes, gt.shape, size, inclusive=False)
+    return draw_boxes(
         rows, columns, rows.new_ones(len(boxes)), image, gt.num_images
     )
 
 
-def _draw(
+def draw_boxes(
     rows: Tensor, columns: Tensor, value: Tensor, image: Tensor, count: int
 ) -> Tensor:
     rows = rows * value[:, None]
@@ -233,7 +233,7 @@ def _draw(
     )
 
 
-def _spans(
+def box_spans(
     boxes: Tensor,
     shape: tuple[int, int],
     size: tuple[int, int],

@@ -64,10 +64,10 @@ def test_labels_may_lie_flat_image_by_image(scores, labels):
 
 def test_anchors_of_a_cell_are_maps_of_their_own():
     scores = [torch.randn(1, 2 * 3, 2, 1)]
-    labels = [torch.tensor([[3, 0, 1, 3]])]  # two anchors of two cells
+    labels = [torch.tensor([[3, 0, 3, 1]])]  # two anchors of two cells
     found = PositiveWeight(score=False)(step(scores, (labels,)))
     assert found[0].shape == (1, 2, 2, 1)
-    assert found[0][0, :, :, 0].tolist() == [[0, 1], [1, 0]]
+    assert found[0][0, :, :, 0].tolist() == [[0, 0], [1, 1]]
     weighed = PositiveWeight()(step(scores, (labels,)))
     torch.testing.assert_close(
         weighed[0][0, 1, 0, 0], scores[0][0, 3:, 0, 0].max().sigmoid()

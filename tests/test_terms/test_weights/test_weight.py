@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from gfl import gfl
+from heads import gfl
 
 from mmkd.losses.ld import edge_divergence
 from mmkd.losses.weighted_mse import weighted_mse_loss
