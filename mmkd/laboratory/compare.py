@@ -106,9 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(diff(one, other))
             return 0
         setting = _setting(options)
-        command = shlex.join(
-            ['python', 'tools/compare.py', *(arguments or sys.argv[1:])]
-        )
+        words = [
+            word
+            for word in arguments or sys.argv[1:]
+            if word != '--report-only'  # the report says how to repeat it
+        ]
+        command = shlex.join(['python', 'tools/compare.py', *words])
         folder = Path(options.work_dir or setting.folder)
         with sole_user(folder):
             comparison = Comparison(setting, folder, options, command)

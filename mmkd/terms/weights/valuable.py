@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkd.checks import check_fraction, check_positive
-from mmkd.ops.valuable import valuable_region
+from mmkd.ops.anchors import valuable_region
 from mmkd.registry import MODELS
 from mmkd.structures import Step
 from mmkd.taps import maps_of
@@ -30,7 +30,7 @@ class ValuableWeight(PositiveWeight):
         ValueError: If the head assigns no labels to anchors.
 
     Reference:
-        As :func:`~mmkd.ops.valuable.valuable_region`.
+        As :func:`~mmkd.ops.anchors.valuable_region`.
     """
 
     def __init__(

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmkd.ops.valuable import valuable_region
+from mmkd.ops.anchors import valuable_region
 from mmkd.structures import GroundTruth
 from mmkd.terms.weights.valuable import ValuableWeight
 

@@ -4,7 +4,7 @@ from mmdet.models.task_modules import ATSSAssigner
 from mmengine.structures import InstanceData
 from torchvision.ops import box_iou, distance_box_iou
 
-from mmkd.ops.valuable import valuable_region
+from mmkd.ops.anchors import valuable_region
 from mmkd.structures import GroundTruth
 
 
