@@ -22,7 +22,7 @@ from mmkd.ops.numeric import as_float, standardise
 from mmkd.ops.scores import class_samples
 from mmkd.registry import MODELS
 from mmkd.structures import Step
-from mmkd.taps import maps_of
+from mmkd.taps import maps_of, resolve
 from mmkd.terms.term import Term
 from mmkd.terms.weights.positive import best, by_level, spread
 
@@ -174,7 +174,6 @@ class CrossHeadTerm(Term):
     def forward(self, step: Step) -> dict[str, Tensor]:
         shown = step.teacher(self.teacher)
         head = getattr(shown.detector, self.head)
-        # Not the outputs of the step: their graph, if any, ends here.
         given = _levels(shown.at(self.head))
         crossed = _levels(self._crossed(step, head))
         labels = by_level(step.student.at(self.targets), integers=True)
@@ -359,7 +358,7 @@ def _entered(
 
 
 def _head(detector: nn.Module, tap: str, side: str) -> nn.Module:
-    head = getattr(detector, tap, None)
+    head, _ = resolve(detector, tap)
     if not all(
         isinstance(getattr(head, tower, None), nn.ModuleList)
         for tower in TOWERS

@@ -323,8 +323,15 @@ def test_too_many_convolutions(build):
 
 
 def test_a_head_without_towers(build):
-    with pytest.raises(ValueError, match='needs a dense head with towers'):
+    with pytest.raises(ValueError, match="no submodule 'bbox_head' to tap"):
         build('gfl', student=tiny.faster_rcnn())
+    with pytest.raises(ValueError, match='needs a dense head with towers'):
+        build('gfl', tap='neck')
+
+
+def test_a_misspelt_head_gets_the_nearest(build):
+    with pytest.raises(ValueError, match=r"'bbox_hed' to tap.*'bbox_head'"):
+        build('gfl', tap='bbox_hed')
 
 
 def test_other_strides(build):

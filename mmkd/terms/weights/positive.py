@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmkd.ops.numeric import as_float
 from mmkd.registry import MODELS
 from mmkd.structures import Step
-from mmkd.taps import maps_of
+from mmkd.taps import maps_of, resolve
 from mmkd.terms.term import Term
 from mmkd.terms.weights.weight import Weight
 
@@ -53,7 +53,7 @@ class PositiveWeight(Weight):
 
     def bind(self, term: Term, student: nn.Module, teacher: Teacher) -> None:
         self.teacher = teacher.name
-        head = getattr(student, self.tap, None)
+        head, _ = resolve(student, self.tap)
         if not hasattr(head, 'get_targets'):
             raise ValueError(
                 f'{type(self).__name__} reads the labels that the student '

@@ -12,7 +12,7 @@ from mmkd.checks import check_name, check_positive
 from mmkd.ops.numeric import as_float
 from mmkd.registry import MODELS
 from mmkd.structures import Step
-from mmkd.taps import maps_of
+from mmkd.taps import maps_of, resolve
 from mmkd.terms.term import Term
 from mmkd.terms.weights.weight import Weight
 
@@ -84,9 +84,7 @@ class ScoreWeight(Weight):
 
 
 def _refuse_softmax(detector: nn.Module, tap: str, side: str) -> None:
-    head = detector
-    for name in tap.split('.'):
-        head = getattr(head, name)
+    head, _ = resolve(detector, tap)
     if not getattr(head, 'use_sigmoid_cls', True):
         raise ValueError(
             f'ScoreWeight reads scores that are a sigmoid each, but the '

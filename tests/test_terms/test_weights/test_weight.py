@@ -185,5 +185,8 @@ def test_a_head_that_assigns_nothing_is_refused(teachers):
         dict(ld=localisation(weight=dict(type='mmkd.PositiveWeight'))),
     )
     model['terms']['ld']['tap'] = 'neck'
+    with pytest.raises(ValueError, match=r"no submodule 'bbox_head' to tap"):
+        tiny.build(model)
+    model['terms']['ld']['weight']['tap'] = 'neck'
     with pytest.raises(ValueError, match=r"Term 'ld'.*PositiveWeight reads"):
         tiny.build(model)
