@@ -40,9 +40,9 @@ the backbone's maps as hard as the detection loss does, and, where both heads
 give the same class scores, CWD on these, half as hard. The shares are round
 numbers and the same everywhere; with and without CWD was tried on the
 validation split of the blood cells, with a seed that is not reported. Shares
-of 2 and 4 for PKD alone gave no more there and on tree crowns (one seed each).
-The *gap* is that from the student alone, in equal time and in equal steps, to
-the teacher.
+of 2 and 4 for PKD alone made no clear difference there and on tree crowns (one
+seed each). The *gap* is that from the student alone, in equal time and in
+equal steps, to the teacher.
 """
 
 #: Of the default recipe against the student alone in equal time.
