@@ -486,7 +486,8 @@ def nkd(pair: Pair) -> Terms:
 
 @_method
 def bckd(pair: Pair) -> Terms:
-    return dict(bckd=pair.classes('mmkd.BCKDClassLoss'))
+    boxes = dict(type='mmkd.BoxTerm', teacher=pair.teacher, loss_weight=4.0)
+    return dict(bckd=pair.classes('mmkd.BCKDClassLoss'), box=boxes)
 
 
 @_method

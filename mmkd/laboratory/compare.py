@@ -56,6 +56,7 @@ from mmkd.laboratory.results import (
 )
 from mmkd.laboratory.runs import DONE, Run, carry_out, iterations
 from mmkd.laboratory.shuffled import save_shuffled
+from mmkd.laboratory.verify import records, verify
 from mmkd.recipes import DEFAULT, RECIPES, Pair, look
 
 ARMS = ('alone', 'time', 'distilled', 'sham')
@@ -106,11 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(diff(one, other))
             return 0
         setting = _setting(options)
-        words = [
-            word
-            for word in arguments or sys.argv[1:]
-            if word != '--report-only'  # the report says how to repeat it
-        ]
+        words = _repeatable(arguments or sys.argv[1:])
         command = shlex.join(['python', 'tools/compare.py', *words])
         folder = Path(options.work_dir or setting.folder)
         with sole_user(folder):
@@ -201,6 +198,14 @@ def _parser() -> argparse.ArgumentParser:
         help='write the report of what is there, train nothing',
     )
     parser.add_argument(
+        '--verify',
+        type=int,
+        metavar='STEPS',
+        help='train nothing; where only code has changed since, repeat so '
+        'many steps of one seed of each arm, and let the results count for '
+        'the present code if every number of the log is the same',
+    )
+    parser.add_argument(
         '--publish',
         metavar='NAME',
         help='also put the numbers into docs/results/NAME.json, from which '
@@ -213,6 +218,21 @@ def _parser() -> argparse.ArgumentParser:
         help='compare two reports of one experiment',
     )
     return parser
+
+
+def _repeatable(words: Sequence[str]) -> list[str]:
+    """The words of a command that trains what this one reports.
+
+    Example:
+        >>> _repeatable(['quick.py', '--verify', '50', '--labels', '50'])
+        ['quick.py', '--labels', '50']
+    """
+    kept, skip = [], False
+    for word in words:
+        if not skip and word not in ('--report-only', '--verify'):
+            kept.append(word)
+        skip = word == '--verify'
+    return kept
 
 
 def _setting(options: argparse.Namespace) -> ConfigDict:
@@ -315,7 +335,7 @@ class Comparison:
 
     def run(self) -> None:
         """Train and test whatever is not done."""
-        train = not self.options.report_only
+        train = not (self.options.report_only or self.options.verify)
         if train:
             carry_out([self.teacher], self.options.jobs)
         self.teacher.status = DONE if self.teacher.done else 'missing'
@@ -326,6 +346,8 @@ class Comparison:
                 f'out --report-only to train it.'
             )
         self.trials = self._trials()
+        if self.options.verify:
+            self._verify()
         runs = [
             self.trials.runs[arm.name, seed]
             for seed in self.setting.seeds  # so that what there is, is paired
@@ -341,6 +363,49 @@ class Comparison:
             self.options.jobs,
             budget=None if budget is None else 60 * budget,
         )
+
+    def _verify(self) -> None:
+        """Accept results that changed code repeats.
+
+        Raises:
+            RuntimeError: If a repeat differs.
+        """
+        path = self.folder / 'report' / 'results.json'
+        if not path.is_file():
+            raise RuntimeError(
+                f'--verify needs {path}, which says what code made the '
+                f'results; there is none. Train anew, without --verify.'
+            )
+        made = json.loads(path.read_text(encoding='utf-8'))['hashes']['code']
+        steps, differ = self.options.verify, []
+        for arm in self.trials.arms:
+            runs = [
+                self.trials.runs[arm.name, seed] for seed in self.setting.seeds
+            ]
+            if not any(run.stale for run in runs):
+                continue
+            print(f'{arm.title}: repeating {steps} steps ...')
+            found = verify(runs, made.get(arm.name, ''), steps)
+            if found is None:
+                self._keep_pace(arm)
+            else:
+                differ.append(found)
+        if differ:
+            raise RuntimeError(
+                f'the present code trains otherwise. {"; ".join(differ)}. '
+                f'Train anew: the same command without --verify.'
+            )
+
+    def _keep_pace(self, arm: Arm) -> None:
+        path = self.folder / 'pace.json'
+        known = json.loads(path.read_text())
+        if arm.name in known:  # controls are not timed
+            known[arm.name]['key'] = self._pace_key(arm)
+        path.write_text(json.dumps(known, indent=1))
+
+    def _pace_key(self, arm: Arm) -> str:
+        settings = self._seeded(arm, self.setting.seeds[0])
+        return f'{config_digest(settings)} {code_digest(settings)}'
 
     def report(self) -> dict[str, Path]:
         """Write the report, and say in one line what came out."""
@@ -397,6 +462,15 @@ class Comparison:
                 data=self.data,
             ),
             sources={arm.name: sources(arm.settings) for arm in trials.arms},
+            verified={
+                arm.name: found
+                for arm in trials.arms
+                if (
+                    found := records(
+                        trials.runs[arm.name, seed] for seed in trials.seeds
+                    )
+                )
+            },
             stale=[
                 f'{name}, seed {seed}: made by other code, settings or data'
                 for (name, seed), run in trials.runs.items()
@@ -556,20 +630,16 @@ class Comparison:
         whole training counts: the ratio holds for the first seed's images.
         """
         path = self.folder / 'pace.json'
+        keys = {arm.name: self._pace_key(arm) for arm in arms}
         arms = [
             replace(arm, settings=self._seeded(arm, self.setting.seeds[0]))
             for arm in arms
         ]
-        keys = {
-            arm.name: f'{config_digest(arm.settings)} '
-            f'{code_digest(arm.settings)}'
-            for arm in arms
-        }
         known = json.loads(path.read_text()) if path.is_file() else {}
         missing = [
             arm
             for arm in arms
-            if known.get(arm.name, {}).get('key') != keys[arm.name]
+            if not self._timed(known.get(arm.name), keys[arm.name])
         ]
         if missing:
             print('Timing a training step of each arm ...')
@@ -595,6 +665,11 @@ class Comparison:
             path.write_text(json.dumps(known, indent=1))
         self.seconds = known[arms[0].name]['seconds']
         return {arm.name: known[arm.name]['ratio'] for arm in arms}
+
+    def _timed(self, known: Mapping | None, key: str) -> bool:
+        if known is None or not self.options.verify:
+            return known is not None and known['key'] == key
+        return known['key'].split()[0] == key.split()[0]  # whatever the code
 
     def _write(self, name: str, settings: Config) -> Path:
         """A config of its own, complete, for each run."""

@@ -164,6 +164,9 @@ def section(results: Mapping[str, Any], name: str) -> str:
         *rows,
         '',
     ]
+    kept = results.get('verified')
+    if kept:
+        lines += [*_wrapped(_kept(kept, arms)), '']
     lost = _lost(results)
     if lost:
         lines += [*_wrapped(f'Without numbers: {"; ".join(lost)}.'), '']
@@ -242,6 +245,21 @@ def _gain(one: Mapping[str, Any] | None) -> str:
     if one.get('low') is None:
         return f'{one["mean"]:+.1f}'
     return f'{one["mean"]:+.1f} ({one["low"]:+.1f} to {one["high"]:+.1f})'
+
+
+def _kept(kept: Mapping[str, Sequence], arms: Mapping[str, Mapping]) -> str:
+    """Which results count for later code, and by what proof."""
+    parts = [
+        f'{arms[name]["title"]} ({min(one["steps"] for one in found)} of '
+        f'{found[0]["of"]} steps)'
+        for name, found in kept.items()
+        if name in arms
+    ]
+    return (
+        f'The code has changed since; a repeat of the first steps of one seed '
+        f'and of its test gave the same numbers to the last bit: '
+        f'{", ".join(parts)}. Step times are of the earlier code.'
+    )
 
 
 def _lost(results: Mapping[str, Any]) -> list[str]:

@@ -57,8 +57,8 @@ def bckd_class_loss(
 class BCKDClassLoss(nn.Module):
     """Binary distillation of the class scores of all cells.
 
-    This is the class part of BCKD. Its box part, a GIoU of both sides' boxes,
-    needs the boxes decoded and is not in this class.
+    This is the class part of BCKD; the box part is
+    :class:`~mmkd.terms.box.BoxTerm`.
 
     The authors divide by the number of positives that the student's label
     assignment finds. A loss that sees maps has no assignment, so the sum over

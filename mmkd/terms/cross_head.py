@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss
 
 from mmkd.build import build
 from mmkd.checks import check_name, check_positive
@@ -23,8 +22,10 @@ from mmkd.ops.scores import class_samples
 from mmkd.registry import MODELS
 from mmkd.structures import Step
 from mmkd.taps import maps_of, resolve
+from mmkd.terms.assignment import assigned_labels, count_positives
+from mmkd.terms.decoding import decode, giou_error, trim
 from mmkd.terms.term import Term
-from mmkd.terms.weights.positive import best, by_level, spread
+from mmkd.terms.weights.positive import best, spread
 
 if TYPE_CHECKING:
     from mmkd.teachers import Teacher
@@ -174,18 +175,18 @@ class CrossHeadTerm(Term):
     def forward(self, step: Step) -> dict[str, Tensor]:
         shown = step.teacher(self.teacher)
         head = getattr(shown.detector, self.head)
-        given = _levels(shown.at(self.head))
         crossed = _levels(self._crossed(step, head))
-        labels = by_level(step.student.at(self.targets), integers=True)
+        given = [
+            tuple(trim(one, like[0]) for one in level)
+            for level, like in zip(_levels(shown.at(self.head)), crossed)
+        ]
+        labels = assigned_labels(step, self.head)
         own = getattr(step.student.detector, self.head)
-        positive = sum(
-            ((one >= 0) & (one < own.num_classes)).sum() for one in labels
-        )
-        positive = reduce_mean(positive.float()).clamp(min=1)
+        positive = count_positives(labels, own.num_classes)
         counts = [equal_weight(step.gt, level[0]) for level in given]
         trust = [
-            best(level[0], len_anchors(head)) * count
-            for level, count in zip(given, counts)
+            best(scores, scores.shape[1] // head.cls_out_channels) * count
+            for (scores, *_), count in zip(given, counts)
         ]
         shares = dict(
             cls=self.class_weight
@@ -234,7 +235,8 @@ class CrossHeadTerm(Term):
                 self.power,
             )
             cells = count.permute(0, 2, 3, 1)
-            cells = cells.expand(-1, -1, -1, len_anchors(head))
+            anchors = one[0].shape[1] // classes
+            cells = cells.expand(-1, -1, -1, anchors)
             loss = loss + (cells.flatten() * samples).sum()
         return loss
 
@@ -259,15 +261,13 @@ class CrossHeadTerm(Term):
             )
             total = sum(weight.sum() for weight in trust)
             return loss / reduce_mean(total).clamp(min=1)
-        sizes = [level[1].shape[-2:] for level in given]
-        priors = head.prior_generator.grid_priors(
-            sizes, device=given[0][1].device
+        boxes = (
+            decode(head, [x[1] for x in group]) for group in (crossed, given)
         )
-        loss = 0.0
-        for one, other, weight, prior in zip(crossed, given, trust, priors):
-            boxes = (_decoded(head, x[1], prior) for x in (one, other))
-            error = generalized_box_iou_loss(*boxes)
-            loss = loss + (weight.permute(0, 2, 3, 1).flatten() * error).sum()
+        loss = sum(
+            (weight * giou_error(*pair)).sum()
+            for weight, *pair in zip(trust, *boxes)
+        )
         return loss / positive
 
     def _centerness(
@@ -314,20 +314,9 @@ def rescale(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
     return standardise(student, eps) * std + mean
 
 
-def len_anchors(head: nn.Module) -> int:
-    """Anchors, or points, of a cell."""
-    return getattr(head, 'num_base_priors', 1)
-
-
 def _levels(outputs: Any) -> list[tuple]:
     """A head's outputs, level by level: scores, boxes and what follows."""
     return list(zip(*outputs))
-
-
-def _decoded(head: nn.Module, boxes: Tensor, priors: Tensor) -> Tensor:
-    """Boxes x1 y1 x2 y2 of every anchor, by image, row, column and anchor."""
-    flat = boxes.permute(0, 2, 3, 1).reshape(-1, 4)
-    return head.bbox_coder.decode(priors.repeat(len(boxes), 1), flat)
 
 
 class _Entry(nn.Module):

@@ -249,6 +249,58 @@ def test_step_times_are_measured_once(comparison, monkeypatch):
     comparison._trials()
 
 
+@pytest.fixture
+def stale(comparison, monkeypatch):
+    """A comparison with results of 'pkd' and its sham by earlier code."""
+    comparison.setting.methods = ['pkd']
+    first = comparison._trials()
+    pace = json.loads((comparison.folder / 'pace.json').read_text())
+    code = dict.fromkeys(('pkd', 'pkd_sham'), 'earlier')
+    for name in code:
+        for seed in (0, 1):
+            run = first.runs[name, seed]
+            run.keys['code'] = 'earlier'
+            run.folder.mkdir(parents=True)
+            (run.folder / 'fingerprint').write_text(run.fingerprint())
+    config = pace['pkd']['key'].split()[0]
+    pace['pkd']['key'] = f'{config} earlier'
+    (comparison.folder / 'pace.json').write_text(json.dumps(pace))
+    report = comparison.folder / 'report' / 'results.json'
+    report.parent.mkdir()
+    report.write_text(json.dumps(dict(hashes=dict(code=code))))
+    comparison.options.verify = 7
+    return comparison
+
+
+def test_only_stale_results_are_verified_and_their_pace_is_kept(
+    stale, monkeypatch
+):
+    monkeypatch.delattr(compare, 'step_times')
+    asked = []
+    monkeypatch.setattr(
+        compare, 'verify', lambda runs, *how: asked.append((runs, *how))
+    )
+    stale.run()
+    assert [(len(runs), *how) for runs, *how in asked] == [
+        (2, 'earlier', 7)
+    ] * 2
+    assert 'pkd' in str(asked[0][0][0].folder)
+    stale.options.verify = None
+    assert stale._trials().arms[2].step_ratio == 1.21
+
+
+def test_a_repeat_that_differs_ends_the_command(stale, monkeypatch):
+    monkeypatch.setattr(compare, 'verify', lambda *which: 'loss was 1')
+    with pytest.raises(RuntimeError, match='loss was 1; loss was 1. Train'):
+        stale.run()
+
+
+def test_without_a_report_nothing_says_what_code_it_was(stale):
+    (stale.folder / 'report' / 'results.json').unlink()
+    with pytest.raises(RuntimeError, match='results.json, which says what'):
+        stale.run()
+
+
 # Everything ------------------------------------------------------------------
 
 

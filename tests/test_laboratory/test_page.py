@@ -123,6 +123,16 @@ def test_numbers_of_other_code_are_marked(results):
     assert page.stale(results, 'pkd') == ['losses/gone.py']
 
 
+def test_results_that_count_for_later_code_say_by_what_proof(results):
+    assert 'code has changed since' not in page.section(results, 'cells')
+    entry = dict(before='1', after='2', of=600)
+    results['verified'] = dict(
+        pkd=[dict(entry, steps=100), dict(entry, steps=50)], gone=[entry]
+    )
+    text = ' '.join(page.section(results, 'cells').split())
+    assert 'to the last bit: pkd (50 of 600 steps). Step times' in text
+
+
 def test_publishing_keeps_numbers_and_writes_the_page(
     results, tmp_path, monkeypatch
 ):

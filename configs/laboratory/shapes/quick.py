@@ -25,7 +25,6 @@ laboratory = dict(
         'fbkd',
         'rkd',
         'sp',
-        'inherit',
     ),
     arms=('alone', 'distilled', 'sham'),
     seeds=(0, 1, 2),

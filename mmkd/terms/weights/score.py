@@ -65,7 +65,7 @@ class ScoreWeight(Weight):
         else:
             teacher.tap(self.tap)
         detector = student if self.side == 'student' else teacher.detector
-        _refuse_softmax(detector, self.tap, self.side)
+        refuse_softmax('ScoreWeight', detector, self.tap, self.side)
 
     @torch.no_grad()
     def forward(self, step: Step) -> Sequence[Tensor]:
@@ -83,12 +83,16 @@ class ScoreWeight(Weight):
         ]
 
 
-def _refuse_softmax(detector: nn.Module, tap: str, side: str) -> None:
+def refuse_softmax(who: str, detector: nn.Module, tap: str, side: str) -> None:
+    """A head must score each class by itself.
+
+    Raises:
+        ValueError: If it has a softmax over classes and background.
+    """
     head, _ = resolve(detector, tap)
     if not getattr(head, 'use_sigmoid_cls', True):
         raise ValueError(
-            f'ScoreWeight reads scores that are a sigmoid each, but the '
+            f'{who} reads scores that are a sigmoid each, but the '
             f"{side}'s {tap} ({type(head).__name__}) has a softmax over "
-            f'classes and background. Use the scores of the other side, or '
-            f'leave weight out.'
+            f'classes and background. Use another weight=, or none.'
         )

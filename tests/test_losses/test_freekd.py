@@ -1,0 +1,167 @@
+import pytest
+import torch
+from torch import nn
+
+from mmkd.losses.freekd import FreeKDLoss
+from mmkd.ops.wavelets import haar
+from mmkd.structures import GroundTruth
+
+
+@pytest.fixture
+def maps():
+    torch.manual_seed(0)
+    return torch.randn(2, 2, 6, 8, 16).unbind()
+
+
+@pytest.fixture
+def loss():
+    """With prompts that have learnt something."""
+    torch.manual_seed(1)
+    loss = FreeKDLoss(6, prompts=2, loss_weight=3.0)
+    for parameter in loss.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return loss
+
+
+def literal(loss, student, teacher):
+    """Masked bands of both sides, prompt by prompt and scale by scale."""
+    own, theirs = haar(student, 3)[1], haar(teacher, 3)[1]
+    total = 0.0
+    for scale in range(3):
+        whole = theirs[scale].sum(2)
+        values = []
+        for prompt in loss.high[scale]:
+            mask = torch.einsum('nchw,c->nhw', whole, prompt).sigmoid()
+            mask = mask[:, None, None]
+            values.append((mask * own[scale] - mask * theirs[scale]).abs())
+        total = total + torch.stack(values).mean()
+    return total
+
+
+def test_equals_the_difference_of_masked_bands(maps, loss):
+    torch.testing.assert_close(loss(*maps), 3 * literal(loss, *maps))
+
+
+def test_one_square_by_hand():
+    # The bands of the gap are 1 (columns), 2 (rows) and 0.
+    teacher = torch.zeros(1, 1, 2, 2)
+    student = torch.tensor([[[[1.5, 0.5], [-0.5, -1.5]]]])
+    loss = FreeKDLoss(1, prompts=4, scales=1)
+    assert loss(student, teacher).item() == pytest.approx(0.5 * (1 + 2) / 3)
+
+
+def test_an_offset_of_a_channel_is_the_coarse_bands_affair(maps, loss):
+    student, teacher = maps
+    offset = torch.arange(6.0).view(6, 1, 1)
+    torch.testing.assert_close(
+        loss(student + offset, teacher), loss(student, teacher)
+    )
+
+
+def test_gradient_is_that_of_finite_differences(maps):
+    student, teacher = (one[:1, :2, :4, :4].double() for one in maps)
+    loss = FreeKDLoss(2, scales=2).double()
+    assert torch.autograd.gradcheck(
+        lambda one: loss(one, teacher), student.requires_grad_()
+    )
+
+
+def test_prompts_learn_nothing_here(maps, loss):
+    loss(*maps).backward()
+    assert all((one.grad == 0).all() for one in loss.parameters())
+
+
+def test_prompts_start_small():
+    loss = FreeKDLoss(256)
+    assert loss.low.shape == (6, 256)
+    assert loss.high.shape == (3, 6, 256)
+    for one in loss.parameters():
+        assert one.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_cells_of_the_border_do_not_count(maps, loss):
+    student, teacher = maps
+    gt = GroundTruth.from_boxes(
+        [torch.zeros(0, 4)] * 2, (64, 128), image_shapes=[(64, 128), (64, 64)]
+    )
+    other = student.clone()
+    other[1, :, :, 8:] += torch.randn(6, 8, 8)
+    torch.testing.assert_close(
+        loss(other, teacher, gt), loss(student, teacher, gt)
+    )
+    assert loss(other, teacher) != loss(student, teacher)
+    same = student.clone()
+    same[1, :, :, 8:] = student[1, :, :, :8]
+    twice = teacher.clone()
+    twice[1, :, :, 8:] = teacher[1, :, :, :8]
+    left = loss(same[1:], twice[1:])
+    part = GroundTruth.from_boxes(
+        [torch.zeros(0, 4)], (64, 128), image_shapes=[(64, 64)]
+    )
+    torch.testing.assert_close(loss(same[1:], twice[1:], part), left)
+
+
+# What is revealed --------------------------------------------------------------
+
+
+def test_bands_come_through_as_much_as_their_masks_add_up_to(maps, loss):
+    _, teacher = maps
+    revealed, overlap = loss.reveal(teacher)
+    low, highs = haar(teacher, 3)
+    left, kept = haar(revealed, 3)
+    masks = torch.einsum('nchw,pc->nphw', low, loss.low).sigmoid()
+    torch.testing.assert_close(left, low * masks.sum(1, keepdim=True))
+    for one, other, prompts in zip(kept, highs, loss.high):
+        masks = torch.einsum('nchw,pc->nphw', other.sum(2), prompts).sigmoid()
+        torch.testing.assert_close(
+            one, other * masks.sum(1)[:, None, None], rtol=1e-4, atol=1e-5
+        )
+    assert 0 < overlap < 4
+
+
+def test_two_prompts_of_nothing_reveal_the_map_and_overlap_wholly(maps):
+    loss = FreeKDLoss(6, prompts=2)
+    for one in loss.parameters():
+        nn.init.zeros_(one)
+    revealed, overlap = loss.reveal(maps[1])
+    torch.testing.assert_close(revealed, maps[1])
+    assert overlap.item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize('size', [(7, 10), (1, 2)])
+def test_maps_of_odd_sizes_are_revealed_whole(size):
+    loss = FreeKDLoss(6, prompts=2)
+    for one in loss.parameters():
+        nn.init.zeros_(one)
+    teacher = torch.randn(2, 6, *size)
+    torch.testing.assert_close(loss.reveal(teacher)[0], teacher)
+    assert loss(2 * teacher, teacher).isfinite()
+
+
+def test_every_prompt_learns_from_what_is_revealed(maps, loss):
+    revealed, overlap = loss.reveal(maps[1])
+    for value in (revealed.square().sum(), overlap):
+        loss.zero_grad()
+        value.backward(retain_graph=True)
+        assert (loss.low.grad.abs().sum(1) > 0).all()
+        assert (loss.high.grad.abs().sum(2) > 0).all()
+
+
+def test_autocast_does_not_lower_the_precision(maps, loss):
+    plain = loss(*maps)
+    with torch.autocast('cpu', torch.bfloat16):
+        cast = loss(*maps)
+    assert torch.equal(plain, cast)
+
+
+def test_mistakes_are_named(maps):
+    with pytest.raises(ValueError, match='built for 4 channels'):
+        FreeKDLoss(4)(*maps)
+    with pytest.raises(ValueError, match='built for 4 channels'):
+        FreeKDLoss(4).reveal(maps[0])
+    with pytest.raises(ValueError, match='out_channels=6'):
+        FreeKDLoss(6)(maps[0][:, :4], maps[1])
+    with pytest.raises(ValueError, match='prompts > 0'):
+        FreeKDLoss(4, prompts=0)
+    with pytest.raises(ValueError, match='scales > 0'):
+        FreeKDLoss(4, scales=0)
