@@ -93,7 +93,7 @@ def distilling(plain: type[BaseModel]) -> type[BaseModel]:
     return type(
         f'Distilled{plain.__name__}',
         (Distilling, plain),
-        {'__module__': __name__},
+        {'__module__': __name__, 'student_class': plain},
     )
 
 
@@ -108,6 +108,8 @@ class Observer(Protocol):
 class Distilling:
     """What a detector gains: teachers, terms, and their share of the loss."""
 
+    #: The detector's class without what is added here.
+    student_class: type[BaseModel]
     teachers: Teachers
     terms: nn.ModuleDict
     #: Shown this step and its losses, see ``DiagnosticsHook``.

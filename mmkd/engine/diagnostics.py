@@ -195,7 +195,7 @@ def _features(
     for name, term in terms.items():
         if isinstance(term, FeatureTerm):
             yield prefix + name, term
-        elif hasattr(term, 'terms'):
+        elif getattr(term, 'transparent', False):
             yield from _features(term.terms, f'{prefix}{name}_')
 
 

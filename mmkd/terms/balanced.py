@@ -9,20 +9,19 @@ import torch
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
-from mmkd.build import build
 from mmkd.checks import check_name, check_positive
 from mmkd.ops.gradients import gradient
 from mmkd.registry import MODELS
 from mmkd.structures import Step
 from mmkd.taps import maps_of
-from mmkd.terms.term import Term
+from mmkd.terms.group import GroupTerm, parts_of
 
 if TYPE_CHECKING:
     from mmkd.teachers import Teacher
 
 
 @MODELS.register_module()
-class BalancedTerm(Term):
+class BalancedTerm(GroupTerm):
     r"""Terms whose weights follow from gradients instead of from tuning.
 
     .. math::
@@ -76,15 +75,7 @@ class BalancedTerm(Term):
         momentum: float = 0.7,
         schedule: Mapping | None = None,
     ) -> None:
-        super().__init__(schedule)
-        if not terms:
-            raise ValueError('BalancedTerm needs at least one term.')
-        self.terms = nn.ModuleDict(
-            {
-                name: build(config, f'the term {name!r} in BalancedTerm')
-                for name, config in terms.items()
-            }
-        )
+        super().__init__(terms, schedule)
         self.share = _shares(share, terms)
         check_positive('BalancedTerm', interval=interval)
         if not 0 <= momentum < 1:
@@ -101,59 +92,25 @@ class BalancedTerm(Term):
         self, student: nn.Module, teachers: Mapping[str, Teacher]
     ) -> None:
         self.tap(student, self.anchor)
-        for name, term in self.terms.items():
-            term.name = name
-            term.bind(student, teachers)
-            for path in term.student_paths:
-                self.tap(student, path)
-        self.teacher_names = list(
-            dict.fromkeys(
-                name
-                for term in self.terms.values()
-                for name in term.teacher_names
-            )
-        )
+        super().bind(student, teachers)
 
-    def silent(self) -> bool:
-        return not any(self._speaking().values())
-
-    def compares_classes(self) -> bool:
-        return any(term.compares_classes() for term in self.terms.values())
-
-    def checkable(self, step: Step) -> bool:
-        return all(term.checkable(step) for term in self.terms.values())
-
-    def _speaking(self) -> dict[str, bool]:
+    def speaking(self) -> dict[str, bool]:
         return {
-            name: self.share[name] > 0 and not term.silent()
-            for name, term in self.terms.items()
+            name: heard and self.share[name] > 0
+            for name, heard in super().speaking().items()
         }
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        speaking = self._speaking()
-        factors = {
-            name: term.schedule(step.progress) if speaking[name] else 0.0
-            for name, term in self.terms.items()
-        }
-        shares = {
-            name: term(step) if factors[name] else term.idle()
-            for name, term in self.terms.items()
-        }
+        factors = self.factors(step)
+        shares = self.shares(step, factors)
         if step.losses and step.iteration % self.interval == 0:
             self._measure(step, shares, factors)
         parts: dict[str, Tensor] = {}
         zero = step.images.new_zeros(())
         for weight, (name, share) in zip(self.weights(), shares.items()):
             parts[f'watch_weight_{name}'] = weight
-            named = share if isinstance(share, Mapping) else {'': share}
-            for part, value in named.items():
-                key = f'{name}_{part}' if part else name
-                if part.startswith('watch_'):
-                    parts[f'watch_{name}_{part[6:]}'] = value
-                elif factors[name]:
-                    parts[key] = factors[name] * weight * value
-                else:
-                    parts[key] = zero + value
+            factor = factors[name] * weight if factors[name] else None
+            parts.update(parts_of(name, share, factor, zero))
         return parts
 
     def weights(self) -> Tensor:

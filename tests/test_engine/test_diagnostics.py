@@ -143,3 +143,16 @@ def test_a_plain_student_is_left_alone(tmp_path):
     hook.before_run(runner)
     hook.before_train_iter(runner, 0)
     assert not hasattr(model, 'observer')
+
+
+def test_a_group_that_shows_its_terms_another_teacher_is_left_whole(
+    build, tmp_path
+):
+    """What its terms compare is not in the step."""
+    terms = dict(m=dict(PKD, teacher='self'))
+    model = build(own=dict(type='mmkd.SelfTerm', terms=terms), pkd=PKD)
+    _, lines = one_step(model, tmp_path, DiagnosticsHook())
+    found = lines[0][1]
+    assert 'diagnostics/pkd_agreement_0' in found
+    assert 'diagnostics/own_m_share' in found
+    assert 'diagnostics/own_m_agreement_0' not in found

@@ -5,7 +5,6 @@ import torch
 from torchvision.ops import generalized_box_iou
 
 from mmkd.taps import recording
-from mmkd.terms.assignment import count_positives
 from mmkd.terms.decoding import decode
 
 KINDS = ('gfl', 'atss', 'retinanet', 'fcos')
@@ -200,8 +199,10 @@ def test_other_anchors_are_refused(build):
 
 
 def test_a_head_without_boxes_of_each_cell_is_refused(build):
-    with pytest.raises(ValueError, match='cannot be read off'):
-        build('gfl', tap='neck')
+    with pytest.raises(ValueError, match="off the student's FPN"):
+        build('gfl', tap='neck', teacher_tap='bbox_head')
+    with pytest.raises(ValueError, match="off the teacher's FPN"):
+        build('gfl', teacher_tap='neck')
     with pytest.raises(ValueError, match="'bbox_hed' to tap.*'bbox_head'"):
         build('gfl', tap='bbox_hed')
 
@@ -210,9 +211,3 @@ def test_settings_are_checked(build):
     with pytest.raises(ValueError, match="'positive'.*'positives'"):
         build('gfl', normalise_by='positive')
     assert build('gfl', loss_weight=0.0).terms['x'].silent()
-
-
-def test_positives_are_the_labels_of_classes():
-    labels = [torch.tensor([[0, 2, 3, -1]]), torch.tensor([[1, 3]])]
-    assert count_positives(labels, 3) == 3
-    assert count_positives([torch.tensor([3, -1])], 3) == 1

@@ -1,0 +1,33 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmkd.terms.assignment import assigned_labels, count_positives
+
+
+def step(targets):
+    def at(path):
+        assert path == 'rpn_head.get_targets'
+        return targets
+
+    return SimpleNamespace(student=SimpleNamespace(at=at))
+
+
+def test_labels_are_the_first_whole_numbers_level_by_level():
+    labels = [torch.tensor([0, 3]), torch.tensor([1])]
+    anchors = [torch.zeros(2, 4), torch.zeros(1, 4)]
+    others = [torch.tensor([9, 9]), torch.tensor([9])]
+    found = assigned_labels(step((anchors, labels, others, 5)), 'rpn_head')
+    assert found is labels
+
+
+def test_a_head_that_assigns_none_is_an_error():
+    with pytest.raises(ValueError, match='assigns no labels'):
+        assigned_labels(step((torch.zeros(3), 4)), 'rpn_head')
+
+
+def test_positives_are_the_labels_of_classes():
+    labels = [torch.tensor([[0, 2, 3, -1]]), torch.tensor([[1, 3]])]
+    assert count_positives(labels, 3) == 3
+    assert count_positives([torch.tensor([3, -1])], 3) == 1
