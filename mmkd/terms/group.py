@@ -34,32 +34,43 @@ class GroupTerm(Term):
         transparent: Whether its terms see the same student and the same
             teachers as the group does, so that who looks at a step may look
             at them one by one.
+        needs_terms: Whether it is nothing without terms.
     """
 
     transparent: ClassVar[bool] = True
+    needs_terms: ClassVar[bool] = True
 
     def __init__(
-        self, terms: Mapping[str, Mapping], schedule: Mapping | None = None
+        self,
+        terms: Mapping[str, Mapping] | None,
+        schedule: Mapping | None = None,
     ) -> None:
         super().__init__(schedule)
         who = type(self).__name__
-        if not terms:
+        if self.needs_terms and not terms:
             raise ValueError(f'{who} needs at least one term.')
         self.terms = nn.ModuleDict(
             {
                 name: build(config, f'the term {name!r} in {who}')
-                for name, config in terms.items()
+                for name, config in (terms or {}).items()
             }
         )
 
     def bind(
         self, student: nn.Module, teachers: Mapping[str, Teacher]
     ) -> None:
+        self.bind_terms(student, teachers)
+        for term in self.terms.values():
+            for path in term.student_paths:
+                self.tap(student, path)
+
+    def bind_terms(
+        self, student: nn.Module, teachers: Mapping[str, Teacher]
+    ) -> None:
+        """Bind the terms, and note which teachers they name."""
         for name, term in self.terms.items():
             term.name = name
             term.bind(student, teachers)
-            for path in term.student_paths:
-                self.tap(student, path)
         self.teacher_names = list(
             dict.fromkeys(
                 name
@@ -98,7 +109,12 @@ class GroupTerm(Term):
         }
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        factors = self.factors(step)
+        return self.said(step, self.factors(step))
+
+    def said(
+        self, step: Step, factors: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """All parts, each times its term's factor."""
         zero = step.images.new_zeros(())
         parts: dict[str, Tensor] = {}
         for name, share in self.shares(step, factors).items():

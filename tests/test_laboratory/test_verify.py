@@ -100,6 +100,13 @@ def test_only_the_code_may_have_changed(arm):
         verify(arm, 'old', steps=5)
 
 
+def test_there_must_be_something_to_verify(arm):
+    for run in arm:
+        run.keys = dict(code='old', data='same')
+    with pytest.raises(ValueError, match='or nothing has'):
+        verify(arm, 'old', steps=5)
+
+
 def test_a_run_without_a_result_cannot_be_accepted(arm):
     arm[0].predictions.unlink()
     assert not made_by(arm[0], 'old')
