@@ -13,9 +13,8 @@ from mmdet.models.dense_heads import (
     VFNetHead,
     YOLOXHead,
 )
-from mmdet.structures.bbox import get_box_tensor
+from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss
 
 from mmkd.ops.numeric import as_float
 
@@ -97,9 +96,11 @@ def giou_error(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         (N, A, H, W), in [0, 2].
     """
-    return generalized_box_iou_loss(
-        student.movedim(2, -1), teacher.movedim(2, -1)
-    )
+    boxes = [one.movedim(2, -1) for one in (student, teacher)]
+    shape = boxes[0].shape[:-1]
+    boxes = [one.reshape(-1, 4) for one in boxes]
+    # Torchvision's loss selects by a mask, which waits for the device.
+    return 1 - bbox_overlaps(*boxes, mode='giou', is_aligned=True).view(shape)
 
 
 def _corners(
