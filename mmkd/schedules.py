@@ -129,3 +129,36 @@ class StopAfter:
 
     def __call__(self, progress: float) -> float:
         return 1.0 if progress < self.fraction else 0.0
+
+
+@SCHEDULES.register_module()
+class Between:
+    """1 from one point of the training to another, 0 before and after.
+
+    Two of them that meet let one teacher follow another.
+
+    Args:
+        begin: Progress from which it is 1.
+        end: Progress from which it is 0 again; never where it is 1.
+
+    Raises:
+        ValueError: If they are not in [0, 1], or not in this order.
+
+    Example:
+        >>> half = Between(begin=0.5)
+        >>> half(0.4), half(0.5), half(1.0)
+        (0.0, 1.0, 1.0)
+    """
+
+    def __init__(self, begin: float = 0.0, end: float = 1.0) -> None:
+        check_fraction('Between', begin=begin, end=end)
+        if begin >= end:
+            raise ValueError(
+                f'Between is 1 from begin to end, got begin={begin} and '
+                f'end={end}: begin must be the smaller one.'
+            )
+        self.begin, self.end = begin, end
+
+    def __call__(self, progress: float) -> float:
+        ended = progress >= self.end and self.end < 1
+        return float(progress >= self.begin and not ended)

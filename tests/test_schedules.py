@@ -3,6 +3,7 @@ import math
 import pytest
 
 from mmkd.schedules import (
+    Between,
     Constant,
     CosineDecay,
     LinearDecay,
@@ -76,7 +77,14 @@ def test_stop_after_a_fraction(fraction, expected):
     assert [stop(t) for t in (0, 0.5, 1)] == expected
 
 
-@pytest.mark.parametrize('kind', [LinearDecay, CosineDecay])
+def test_between_two_points_and_to_the_very_end():
+    times = (0, 0.2, 0.5, 0.9, 1)
+    assert [Between(0.2, 0.9)(t) for t in times] == [0, 1, 1, 0, 0]
+    assert [Between(begin=0.5)(t) for t in times] == [0, 0, 1, 1, 1]
+    assert [Between(end=0.5)(t) for t in times] == [1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize('kind', [LinearDecay, CosineDecay, Between])
 def test_begin_after_end_is_an_error(kind):
     with pytest.raises(ValueError, match=f'{kind.__name__}.*begin=0.5.*end'):
         kind(begin=0.5, end=0.5)
@@ -86,5 +94,7 @@ def test_begin_after_end_is_an_error(kind):
 def test_progress_is_no_epoch(settings):
     with pytest.raises(ValueError, match='between 0 and 1'):
         LinearDecay(**settings)
+    with pytest.raises(ValueError, match='between 0 and 1'):
+        Between(**settings)
     with pytest.raises(ValueError, match='fraction between 0 and 1'):
         StopAfter(12)
