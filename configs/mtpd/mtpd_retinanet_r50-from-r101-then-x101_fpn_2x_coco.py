@@ -1,4 +1,4 @@
-r"""MTPD: RetinaNet R-50 (37.4 AP alone) learns from two teachers (38.9, 41.0 AP).
+r"""MTPD: RetinaNet R-50 (37.4 AP alone) learns from two (38.9, 41.0 AP).
 
 python tools/train.py \
     configs/mtpd/mtpd_retinanet_r50-from-r101-then-x101_fpn_2x_coco.py

@@ -1,4 +1,4 @@
-r"""Multi: RetinaNet R-50 (37.4 AP alone) learns from two teachers (38.9, 41.0 AP).
+r"""Multi: RetinaNet R-50 (37.4 AP alone) learns from two (38.9, 41.0 AP).
 
 python tools/train.py \
     configs/multi-teacher/multi-teacher_retinanet_r50-from-r101-and-x101_fpn_2x_coco.py
