@@ -529,6 +529,22 @@ def crosskd(pair: Pair) -> Terms:
 
 
 @_method
+def proposal(pair: Pair) -> Terms:
+    if 'roi_head' not in pair.student:
+        raise ValueError(
+            f'proposal compares second stages, but {pair.student["type"]} '
+            f'has none. Choose a method of one stage, for instance bckd.'
+        )
+    term = dict(
+        type='mmkd.ProposalTerm',
+        teacher=pair.teacher,
+        positive_weight=2.0,
+        negative_weight=2.0,
+    )
+    return dict(proposal=term)
+
+
+@_method
 def inherit(pair: Pair) -> Terms:
     """The teacher's neck and head to start from, and nothing to learn."""
     loss = dict(type='mmkd.MimicLoss', loss_weight=0.0)

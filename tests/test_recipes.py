@@ -82,6 +82,8 @@ def test_without_a_common_stride_the_two_cannot_be_paired():
 def test_every_method_trains_a_pair_of_unequal_widths(build, method, share):
     if method == 'ld':  # compares distributions
         student, teacher = heads.gfl(), heads.gfl(base=16)
+    elif method == 'proposal':  # looks at second stages
+        student, teacher = tiny.faster_rcnn(), tiny.faster_rcnn(base=16)
     else:
         student, teacher = tiny.retinanet(), tiny.retinanet(channels=24)
     pair = look(dict(model=student), dict(model=teacher), 'big')
@@ -196,6 +198,8 @@ def test_a_method_that_does_not_fit_names_one_that_does():
     pair = look(dict(model=tiny.retinanet()), dict(model=tiny.retinanet()))
     with pytest.raises(ValueError, match=r'ld compares.*crosskd'):
         recipe('ld', pair)
+    with pytest.raises(ValueError, match=r'RetinaNet has none.*bckd'):
+        recipe('proposal', pair)
     pair = look(dict(model=tiny.retinanet()), dict(model=tiny.faster_rcnn()))
     with pytest.raises(ValueError, match=r'crosskd runs.*pkd'):
         recipe('crosskd', pair)

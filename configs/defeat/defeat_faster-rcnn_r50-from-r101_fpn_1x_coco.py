@@ -13,8 +13,8 @@ Schedule: 12 epochs of 16 images a step (8 GPUs x 2) at learning rate 0.02;
 Changed besides model: optim_wrapper.clip_grad.
 Teacher's weights: MMDetection's zoo, downloaded at the start; or your file:
     --cfg-options model.teachers.r101.checkpoint=FILE
-Notes: the part on the neck alone; the authors also distil the class scores of
-    positive and negative proposals, each with weight 2.
+Notes: the part on the neck alone, which is all that the authors' config
+    switches on; with that on proposals it is defeat-proposal_….
 """
 
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'

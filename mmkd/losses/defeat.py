@@ -46,8 +46,8 @@ class DeFeatLoss(nn.Module):
     """Mean error over the boxes and over the rest, each with its weight.
 
     This is the part of DeFeat on the neck. Its other part, on the class
-    scores of positive and negative proposals, belongs to a term that sees the
-    teacher's RoI head, and is not in this class.
+    scores of positive and negative proposals, is
+    :class:`~mmkd.terms.proposal.ProposalTerm`.
 
     Both parts are means: over channels, over the cells of all images of the
     batch, and over the levels. The authors' function counts the mask once for

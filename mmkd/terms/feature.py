@@ -118,8 +118,13 @@ class FeatureTerm(Term):
         )
 
     def compares_classes(self) -> bool:
-        return any('head' in path for path in self.taps) and any(
-            'head' in path for path in self.teacher_taps
+        # Proposals are objects of whatever class.
+        return all(
+            any(
+                'head' in path and path.split('.')[0] != 'rpn_head'
+                for path in paths
+            )
+            for paths in (self.taps, self.teacher_taps)
         )
 
     def forward(self, step: Step) -> Tensor | dict[str, Tensor]:

@@ -267,6 +267,9 @@ def test_weight_zero_is_silent():
         ('bbox_head', None, True),
         ('roi_head.bbox_head', None, True),
         ('backbone', 'bbox_head', False),
+        ('rpn_head', None, False),
+        ('bbox_head', 'rpn_head', False),
+        (('neck', 'bbox_head'), None, True),
     ],
 )
 def test_only_heads_compare_classes(tap, teacher_tap, expected):
