@@ -529,6 +529,21 @@ def crosskd(pair: Pair) -> Terms:
 
 
 @_method
+def gid(pair: Pair) -> Terms:
+    alike = pair.levels and all(level.scores for level in pair.levels)
+    if pair.heads is None or not (pair.heads.sigmoid and alike):
+        raise ValueError(
+            'gid compares predictions anchor by anchor, which needs dense '
+            'heads of the same strides, anchors and classes with a sigmoid '
+            'each. Choose a method on features, for instance pkd.'
+        )
+    term = pair.term(dict())
+    align = {'align': term['align']} if 'align' in term else {}
+    gid = dict(type='mmkd.InstanceTerm', teacher=pair.teacher, **align)
+    return dict(gid=gid)
+
+
+@_method
 def proposal(pair: Pair) -> Terms:
     if 'roi_head' not in pair.student:
         raise ValueError(

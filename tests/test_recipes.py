@@ -201,6 +201,8 @@ def test_a_method_that_does_not_fit_names_one_that_does():
     with pytest.raises(ValueError, match=r'RetinaNet has none.*bckd'):
         recipe('proposal', pair)
     pair = look(dict(model=tiny.retinanet()), dict(model=tiny.faster_rcnn()))
+    with pytest.raises(ValueError, match=r'gid compares.*pkd'):
+        recipe('gid', pair)
     with pytest.raises(ValueError, match=r'crosskd runs.*pkd'):
         recipe('crosskd', pair)
 

@@ -125,7 +125,7 @@ class FeatureTerm(Term):
                 for path in paths
             )
             for paths in (self.taps, self.teacher_taps)
-        )
+        ) or getattr(self.weight, 'needs_classes', False)
 
     def forward(self, step: Step) -> Tensor | dict[str, Tensor]:
         student, teacher = self.maps(step)
@@ -186,7 +186,7 @@ class FeatureTerm(Term):
                 f'of one stride with levels= and teacher_levels=.'
             )
         teacher = tuple(one.detach() for one in teacher)
-        return student, _crop(teacher, shown.size, step.images.shape[-2:])
+        return student, crop(teacher, shown.size, step.images.shape[-2:])
 
     def _level_loss(self, level: int) -> Callable:
         return self.losses[min(level, len(self.losses) - 1)]
@@ -248,7 +248,7 @@ def _check_pairing(
         )
 
 
-def _crop(
+def crop(
     maps: tuple[Tensor, ...],
     shown: tuple[int, int] | None,
     size: Sequence[int],
@@ -257,7 +257,7 @@ def _crop(
 
     Example:
         >>> import torch
-        >>> _crop((torch.zeros(1, 1, 4, 4),), (64, 64), (64, 48))[0].shape
+        >>> crop((torch.zeros(1, 1, 4, 4),), (64, 64), (64, 48))[0].shape
         torch.Size([1, 1, 4, 3])
     """
     if shown is None or tuple(shown) == tuple(size):

@@ -167,6 +167,18 @@ def test_a_level_where_nothing_counts_costs_nothing_and_can_be_learnt(maps):
     assert parts['foreground'] == parts['background'] == 0
 
 
+@pytest.mark.parametrize('part', ['foreground', 'background', 'attention'])
+def test_the_student_learns_from_every_part(maps, masks, part):
+    student, teacher = maps
+    student.requires_grad_()
+    pgd_class_loss(student, teacher, *masks)[part].backward()
+    assert student.grad.any()
+    if part != 'background':
+        student.grad = None
+        pgd_box_loss(student, teacher, masks[0])[part].backward()
+        assert student.grad.any()
+
+
 # Modules ---------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from mmkd.ops.numeric import as_float
 from mmkd.registry import MODELS
 from mmkd.structures import Step
 from mmkd.taps import maps_of, resolve
+from mmkd.terms.feature import crop
 from mmkd.terms.term import Term
 from mmkd.terms.weights.weight import Weight
 
@@ -77,6 +78,7 @@ class ScoreWeight(Weight):
         maps = maps_of(
             shown.at(self.tap), f'The tap {self.tap!r}', self.output
         )
+        maps = crop(maps, shown.size, step.images.shape[-2:])
         return [
             as_float(one).amax(1, keepdim=True).sigmoid() ** self.power
             for one in maps

@@ -7,8 +7,9 @@ from mmkd.terms.weights.score import ScoreWeight
 
 
 def step(scores, side='teacher'):
-    outputs = SimpleNamespace(at=lambda path: (scores, ['boxes']))
+    outputs = SimpleNamespace(at=lambda path: (scores, ['boxes']), size=None)
     return SimpleNamespace(
+        images=torch.zeros(2, 3, 8, 8),
         student=outputs if side == 'student' else None,
         teacher=lambda name: outputs if name == 'big' else None,
     )

@@ -190,3 +190,41 @@ def test_a_head_that_assigns_nothing_is_refused(teachers):
     model['terms']['ld']['weight']['tap'] = 'neck'
     with pytest.raises(ValueError, match=r"Term 'ld'.*PositiveWeight reads"):
         tiny.build(model)
+
+
+@pytest.mark.parametrize('kind', ['mmkd.ScoreWeight', 'mmkd.QualityWeight'])
+def test_a_border_that_only_the_teacher_sees_is_left_out(kind, tmp_path):
+    """Of the cells that both see, the weights are those of the teacher."""
+    wide = gfl(base=16)
+    wide['data_preprocessor'] = dict(tiny.PIXELS, pad_size_divisor=256)
+    file = tiny.save_teacher(wide, tmp_path / 'gfl.pth')
+    big = dict(config=dict(model=wide), checkpoint=str(file))
+    term = dict(
+        type='mmkd.FeatureTerm',
+        teacher='big',
+        loss=dict(type='mmkd.WeightedMSELoss'),
+        weight=dict(type=kind),
+    )
+    model = tiny.build(tiny.distilled(gfl(), dict(big=big), dict(x=term)))
+    model.teachers.load()
+    seen = []
+    weigh = model.terms['x'].weight.forward
+    model.terms['x'].weight.forward = lambda step: (
+        seen.append(weigh(step)) or seen[-1]
+    )
+    losses = model.train().loss(*tiny.batch())
+    assert losses['loss_kd_x'].isfinite()
+    assert [tuple(one.shape[-2:]) for one in seen[0]] == [
+        (side, side) for side in (16, 8, 4, 2, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ('weight', 'expected'),
+    [('mmkd.QualityWeight', True), ('mmkd.ScoreWeight', False)],
+)
+def test_some_weights_compare_classes(weight, expected):
+    """A quality is that of the object's own class."""
+    loss = dict(type='mmkd.WeightedMSELoss')
+    term = FeatureTerm('big', loss, weight=dict(type=weight))
+    assert term.compares_classes() == expected
