@@ -529,6 +529,31 @@ def crosskd(pair: Pair) -> Terms:
 
 
 @_method
+def maskd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.MasKDLoss', channels=pair.channels, loss_weight=7.0)
+    return dict(maskd=_masked('maskd', pair, loss))
+
+
+@_method
+def freekd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.FreeKDLoss', channels=pair.channels)
+    feature = pair.term(dict(type='mmkd.MimicLoss', loss_weight=5.0))
+    return dict(freekd=_masked('freekd', pair, loss), feature=feature)
+
+
+def _masked(method: str, pair: Pair, loss: Mapping) -> dict:
+    if pair.tap != 'neck':
+        raise ValueError(
+            f"{method} learns its masks by the loss of the teacher's heads on "
+            f"its neck's maps, but one of the two has no neck. Choose another "
+            f'method, for instance pkd.'
+        )
+    term = pair.term(loss)
+    del term['tap']
+    return dict(term, type='mmkd.LearnedMaskTerm')
+
+
+@_method
 def gid(pair: Pair) -> Terms:
     alike = pair.levels and all(level.scores for level in pair.levels)
     if pair.heads is None or not (pair.heads.sigmoid and alike):

@@ -10,7 +10,7 @@ from mmkd.compat.checkpoint import CheckpointError
 from mmkd.configs import student_config
 from mmkd.pixels import Pixels
 from mmkd.taps import recording
-from mmkd.teachers import Teacher, Teachers, run_detector
+from mmkd.teachers import Teacher, Teachers, fed, run_detector
 
 CLASSES = ('cat', 'dog', 'cow')
 
@@ -384,6 +384,18 @@ def test_taps_of_one_run_can_be_chosen(teacher_file):
     record = one.run(images, samples, student_pixels(), paths=['backbone'])
     assert record.has('backbone')
     assert not record.has('neck')
+
+
+def test_heads_can_be_fed():
+    detector = tiny.build(tiny.retinanet()).eval()
+    images, samples = tiny.batch()
+    maps = tuple(2 * one for one in detector.extract_feat(images))
+    with pytest.raises(ZeroDivisionError), fed(detector, maps):
+        found = detector._forward(images, samples)
+        raise ZeroDivisionError
+    for one, other in zip(found, detector.bbox_head(maps)):
+        assert all(torch.equal(*pair) for pair in zip(one, other))
+    assert not torch.equal(detector.extract_feat(images)[0], maps[0])
 
 
 def test_a_two_stage_teacher_runs_to_its_heads(tmp_path):

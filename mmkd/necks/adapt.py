@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkd.checks import check_channels, check_name
+from mmkd.checks import check_channels, check_name, check_positive
 from mmkd.registry import MODELS
 
 MODES = ('nearest', 'nearest-exact', 'bilinear', 'bicubic', 'area')
@@ -19,7 +19,7 @@ MODES = ('nearest', 'nearest-exact', 'bilinear', 'bicubic', 'area')
 
 @MODELS.register_module()
 class ConvAdapt(nn.Module):
-    """One convolution a level, from the student's channels to others.
+    """Convolutions of each level, from the student's channels to others.
 
     Args:
         in_channels: Channels of the maps that come in, of all levels or of
@@ -32,10 +32,12 @@ class ConvAdapt(nn.Module):
         act: Whether a ReLU follows.
         resize: ``'student'`` brings the student's maps to the teacher's
             sizes, bilinearly; None leaves them.
+        convs: Convolutions of a level, one after the other, with a ReLU
+            between them; all but the first keep the channels.
 
     Raises:
-        ValueError: If the number of levels is unknown or contradictory, or
-            the kernel even.
+        ValueError: If the number of levels is unknown or contradictory, the
+            kernel even, or there is no convolution.
 
     Example:
         >>> import torch
@@ -54,8 +56,10 @@ class ConvAdapt(nn.Module):
         norm: bool = False,
         act: bool = False,
         resize: str | None = None,
+        convs: int = 1,
     ) -> None:
         super().__init__()
+        check_positive('ConvAdapt', convs=convs)
         if kernel_size % 2 != 1:
             raise ValueError(
                 f'ConvAdapt needs an odd kernel_size to keep the size of a '
@@ -69,8 +73,8 @@ class ConvAdapt(nn.Module):
         self.out_channels = _each_level(out_channels, count)
         self.resize = resize
         self.adapts = nn.ModuleList(
-            _conv(*channels, kernel_size, norm, act)
-            for channels in zip(self.in_channels, self.out_channels)
+            _convs(one, other, convs, kernel_size, norm, act)
+            for one, other in zip(self.in_channels, self.out_channels)
         )
 
     def forward(
@@ -121,13 +125,31 @@ class ResizeAdapt(nn.Module):
         return _resize('ResizeAdapt', student, like, self.mode)
 
 
+def _convs(
+    in_channels: int,
+    out_channels: int,
+    convs: int,
+    kernel_size: int,
+    norm: bool,
+    act: bool,
+) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for index in range(convs):
+        inside = index < convs - 1
+        layers += _conv(
+            in_channels, out_channels, kernel_size, norm, act or inside
+        )
+        in_channels = out_channels
+    return nn.Sequential(*layers)
+
+
 def _conv(
     in_channels: int,
     out_channels: int,
     kernel_size: int,
     norm: bool,
     act: bool,
-) -> nn.Sequential:
+) -> list[nn.Module]:
     conv = nn.Conv2d(
         in_channels,
         out_channels,
@@ -144,7 +166,7 @@ def _conv(
         layers.append(nn.BatchNorm2d(out_channels))
     if act:
         layers.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*layers)
+    return layers
 
 
 def _resize(

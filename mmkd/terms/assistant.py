@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from mmkd.configs import read_config, student_config
 from mmkd.registry import DETECTORS, MODELS
 from mmkd.structures import Step
 from mmkd.taps import maps_of, recording
-from mmkd.teachers import run_detector, without_init
+from mmkd.teachers import fed, run_detector, without_init
 from mmkd.terms.group import GroupTerm
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ class AssistantTerm(GroupTerm):
         ]
         parts: dict[str, Tensor] = {}
         with (
-            _seeing(self.heads, maps),
+            fed(self.heads, maps),
             recording(self.heads, paths) as record,
         ):
             if step.losses:
@@ -170,13 +169,3 @@ def _headed(detector: nn.Module) -> nn.Module:
     detector.requires_grad_(True)
     detector.init_weights()
     return detector
-
-
-@contextmanager
-def _seeing(detector: nn.Module, maps: tuple[Tensor, ...]) -> Iterator[None]:
-    """Let a detector find these maps where it would extract its own."""
-    detector.__dict__['extract_feat'] = lambda *_, **__: maps
-    try:
-        yield
-    finally:
-        del detector.__dict__['extract_feat']

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from mmkd.losses.cwd import CWDLoss, cwd_loss
 
@@ -82,6 +83,16 @@ def test_normalised_by_hand():
     expected += (1 - share) * math.log((1 - share) / share)
     assert cwd_loss(student, teacher, normalise=True).item() == pytest.approx(
         expected, rel=1e-4
+    )
+
+
+def test_normalised_equals_batch_normalisation_of_both_sides(maps):
+    norm = nn.BatchNorm2d(6, affine=False, track_running_stats=False)
+    torch.testing.assert_close(
+        cwd_loss(*maps, normalise=True),
+        cwd_loss(*(norm(5 * one - 3) for one in maps)),
+        rtol=1e-4,
+        atol=0,
     )
 
 

@@ -101,7 +101,15 @@ def test_cells_of_the_border_do_not_count(maps, loss):
     torch.testing.assert_close(loss(same[1:], twice[1:], part), left)
 
 
-# What is revealed --------------------------------------------------------------
+def test_where_everything_is_ignored_it_is_zero(maps, loss):
+    whole = torch.tensor([[0.0, 0, 128, 64]])
+    gt = GroundTruth.from_boxes(
+        [torch.zeros(0, 4)] * 2, (64, 128), ignored=[whole, whole]
+    )
+    assert loss(*maps, gt) == 0
+
+
+# What is revealed ------------------------------------------------------------
 
 
 def test_bands_come_through_as_much_as_their_masks_add_up_to(maps, loss):

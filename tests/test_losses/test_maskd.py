@@ -51,6 +51,13 @@ def test_two_cells_by_hand():
     assert maskd_loss(student, teacher, masks, shares).item() == expected
 
 
+def test_a_map_of_one_cell_by_hand():
+    student, teacher = torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 2.0)
+    mask = torch.full((1, 1, 1, 1), 0.5)
+    loss = maskd_loss(student, teacher, mask, torch.ones(1, 1))
+    assert loss.item() == 0.25 * 4 / 0.5
+
+
 def test_where_no_mask_sees_anything_it_is_zero_with_a_gradient(maps):
     student, teacher = maps
     student.requires_grad_()

@@ -58,6 +58,41 @@ def test_norm_and_activation_follow_the_convolution(maps):
     assert adapted.mean() > 1
 
 
+def test_of_two_convolutions_the_first_changes_the_channels(maps):
+    """A ReLU lies between them, and none after the last."""
+    adapt = ConvAdapt([4, 4], [6, 5], convs=2)
+    for one, level, result, channels in zip(
+        maps, adapt.adapts, adapt(maps), (6, 5)
+    ):
+        first, _, second = level
+        assert first.weight.shape == (channels, 4, 1, 1)
+        assert second.weight.shape == (channels, channels, 1, 1)
+        hidden = torch.conv2d(one, first.weight, first.bias).clamp(min=0)
+        expected = torch.conv2d(hidden, second.weight, second.bias)
+        assert expected.min() < 0
+        torch.testing.assert_close(result, expected)
+
+
+def test_settings_hold_for_each_of_two_convolutions(maps):
+    adapt = ConvAdapt(4, 6, 1, kernel_size=3, norm=True, act=True, convs=2)
+    assert [type(one).__name__ for one in adapt.adapts[0]] == [
+        *('Conv2d', 'BatchNorm2d', 'ReLU'),
+        *('Conv2d', 'BatchNorm2d', 'ReLU'),
+    ]
+    assert adapt.adapts[0][0].weight.shape == (6, 4, 3, 3)
+    assert adapt.adapts[0][3].weight.shape == (6, 6, 3, 3)
+    assert adapt.adapts[0][0].bias is None
+    (adapted,) = adapt(maps[:1])
+    assert adapted.shape == (2, 6, 8, 10)
+
+
+def test_fresh_convolutions_keep_the_scale_of_their_input():
+    torch.manual_seed(0)
+    feature = 3 * torch.randn(2, 256, 16, 16)
+    (adapted,) = ConvAdapt(256, 256, num_levels=1, convs=2)((feature,))
+    assert adapted.square().mean().sqrt().item() == pytest.approx(3, rel=0.1)
+
+
 @pytest.mark.parametrize('kernel_size', [1, 3, 5])
 def test_the_size_stays(maps, kernel_size):
     adapted = ConvAdapt(4, 6, 2, kernel_size=kernel_size)(maps)
@@ -147,3 +182,5 @@ def test_misspelt_settings_fail_at_build():
         ConvAdapt(4, 6, 1, resize='students')
     with pytest.raises(ValueError, match='kernel_size=3'):
         ConvAdapt(4, 6, 1, kernel_size=2)
+    with pytest.raises(ValueError, match='ConvAdapt needs convs > 0'):
+        ConvAdapt(4, 6, 1, convs=0)
