@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from mmcv.cnn import ConvModule
+from mmdet.models.dense_heads import CenterNetHead, TOODHead, YOLOV3Head
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
@@ -25,6 +26,10 @@ from mmkd.randomness import preserved
 from mmkd.registry import DETECTORS
 from mmkd.taps import maps_of, recording
 from mmkd.teachers import run_detector, without_init
+
+#: Heads whose first output is not a logit an anchor and class: probabilities,
+#: or boxes and classes in one map.
+NO_LOGITS = (CenterNetHead, TOODHead, YOLOV3Head)
 
 #: What a user gets who names no method.
 DEFAULT = 'default'
@@ -126,8 +131,9 @@ class Pair:
         if not levels:
             raise ValueError(
                 'The heads of student and teacher give no class scores of '
-                'one shape (other anchors, classes, or a two-stage head). '
-                'Choose a method on features, for instance pkd.'
+                'one shape (other anchors or classes, no logits, or a '
+                'two-stage head). Choose a method on features, for instance '
+                'pkd.'
             )
         return dict(
             type='mmkd.FeatureTerm',
@@ -283,7 +289,8 @@ def _shapes(
             found = maps_of(record.at('bbox_head'), 'The head', 0)
         except ValueError:  # a head of another kind
             found = ()
-        if len(found) == len(maps):
+        head = detector.bbox_head
+        if len(found) == len(maps) and not isinstance(head, NO_LOGITS):
             scores = tuple(tuple(one.shape) for one in found)
     return [
         (one.shape[1], round(CHECK_SIZE / one.shape[-1]), score)
@@ -395,7 +402,8 @@ def defeat(pair: Pair) -> Terms:
 @_method
 def fgfi(pair: Pair) -> Terms:
     head = pair.student.get('rpn_head') or pair.student.get('bbox_head') or {}
-    if 'anchor_generator' not in head:
+    kind = str(head.get('anchor_generator', {}).get('type', 'Point'))
+    if 'Point' in kind:
         raise ValueError(
             f'fgfi imitates near anchors, but {pair.student["type"]} has '
             f'none. Choose a method without, for instance fgd.'
@@ -556,7 +564,8 @@ def _masked(method: str, pair: Pair, loss: Mapping) -> dict:
 @_method
 def gid(pair: Pair) -> Terms:
     alike = pair.levels and all(level.scores for level in pair.levels)
-    if pair.heads is None or not (pair.heads.sigmoid and alike):
+    heads = pair.heads
+    if heads is None or not (heads.sigmoid and heads.strides and alike):
         raise ValueError(
             'gid compares predictions anchor by anchor, which needs dense '
             'heads of the same strides, anchors and classes with a sigmoid '

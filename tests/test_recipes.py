@@ -52,6 +52,29 @@ def test_scores_of_other_classes_are_not_compared():
         recipe('cwd_scores', pair)
 
 
+def test_scores_that_are_no_logits_are_not_compared():
+    """TOOD's are probabilities."""
+    model = heads.atss()
+    model['bbox_head'].update(
+        type='TOODHead', stacked_convs=2, num_dcn=0, anchor_type='anchor_free'
+    )
+    del model['bbox_head']['loss_centerness']
+    model['train_cfg'] = dict(
+        initial_epoch=1,
+        initial_assigner=dict(type='ATSSAssigner', topk=9),
+        assigner=dict(type='TaskAlignedAssigner', topk=9),
+        alpha=1,
+        beta=6,
+        allowed_border=-1,
+        pos_weight=-1,
+    )
+    model = dict(model=dict(model, type='TOOD'))
+    pair = look(model, model)
+    assert not any(level.scores for level in pair.levels)
+    with pytest.raises(ValueError, match='no logits'):
+        recipe('cwd_scores', pair)
+
+
 def test_a_look_leaves_the_random_state_as_it_was(pair):
     import torch
 
@@ -161,9 +184,11 @@ def test_the_default_uses_scores_only_where_heads_agree(pair):
 def test_a_method_without_anchors_says_what_else_there_is(pair):
     from dataclasses import replace
 
-    free = replace(pair, student=dict(type='FCOS', bbox_head=dict()))
-    with pytest.raises(ValueError, match=r'FCOS has none.*fgd'):
-        recipe('fgfi', free)
+    points = dict(type='MlvlPointGenerator', strides=[8])
+    for head in (dict(), dict(anchor_generator=points)):
+        free = replace(pair, student=dict(type='FCOS', bbox_head=head))
+        with pytest.raises(ValueError, match=r'FCOS has none.*fgd'):
+            recipe('fgfi', free)
 
 
 def test_a_misspelt_method_gets_the_nearest_name(pair):

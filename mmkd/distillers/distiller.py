@@ -27,7 +27,7 @@ from mmkd.randomness import preserved, stream_seed
 from mmkd.registry import DETECTORS, MODELS
 from mmkd.structures import Step
 from mmkd.structures.step import Shower
-from mmkd.taps import Record, recording
+from mmkd.taps import Record, recording, resolve
 from mmkd.teachers import Teacher, Teachers, run_detector
 
 #: Side of the random image on which pairs are checked while the model is
@@ -260,14 +260,18 @@ class Distilling:
     def _dry_step(
         self, images: Tensor, samples: SampleList
     ) -> tuple[Step | None, Exception | None]:
-        names = list(self.terms)
+        # What losses are computed by does not run here; SingleStageInstance-
+        # Segmentor would call it, and with it the head a second time.
+        paths = [
+            path
+            for path in self._student_paths(list(self.terms))
+            if resolve(self, path)[1].startswith('forward')
+        ]
         try:
             with (
                 _modes_kept(self),
                 torch.no_grad(),
-                recording(
-                    self, self._student_paths(names), stop=True
-                ) as record,
+                recording(self, paths, stop=True) as record,
             ):
                 self.eval()
                 run_detector(self, images, samples)

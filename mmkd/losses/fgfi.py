@@ -148,6 +148,14 @@ class FGFILoss(nn.Module):
         self.generator = TASK_UTILS.build(
             {'type': 'AnchorGenerator', **anchor_generator}
         )
+        if not hasattr(self.generator, 'base_anchors'):
+            raise ValueError(
+                f'FGFILoss imitates near anchors, but '
+                f'{type(self.generator).__name__} gives points. Set '
+                f"anchor_generator=dict(type='AnchorGenerator', "
+                f'octave_base_scale=4, scales_per_octave=3, ratios=[1.0], '
+                f'strides=…).'
+            )
         if not 0 <= level_index < self.generator.num_levels:
             raise ValueError(
                 f'FGFILoss has anchors for {self.generator.num_levels} '

@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+from mmdet.models.dense_heads import (
+    CenterNetUpdateHead,
+    DDODHead,
+    RepPointsHead,
+    YOLOV3Head,
+)
 from mmdet.utils import reduce_mean
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmkd.structures import Step
 from mmkd.terms.weights.positive import by_level
+
+#: Heads whose get_targets is not called, or gives no labels.
+WITHOUT_LABELS = (CenterNetUpdateHead, DDODHead, RepPointsHead, YOLOV3Head)
+
+
+def check_assigns(who: str, head: nn.Module, instead: str) -> None:
+    """A student's head must assign labels by ``get_targets``.
+
+    Args:
+        who: Name of the term, for messages.
+        head: The head.
+        instead: What to type, for messages.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if hasattr(head, 'get_targets') and not isinstance(head, WITHOUT_LABELS):
+        return
+    raise ValueError(
+        f"{who} counts the positives of the student's {type(head).__name__}, "
+        f'whose get_targets gives no labels level by level. {instead}'
+    )
 
 
 def assigned_labels(step: Step, head: str) -> list[Tensor]:

@@ -12,7 +12,11 @@ from mmkd.checks import check_name
 from mmkd.registry import MODELS
 from mmkd.structures import Step
 from mmkd.taps import maps_of, resolve
-from mmkd.terms.assignment import assigned_labels, count_positives
+from mmkd.terms.assignment import (
+    assigned_labels,
+    check_assigns,
+    count_positives,
+)
 from mmkd.terms.decoding import (
     anchors_of,
     check_decodable,
@@ -105,12 +109,7 @@ class BoxTerm(Term):
         check_decodable('BoxTerm', other, 'teacher')
         _check_anchors(own, other)
         if self.normalise_by == 'positives':
-            if not hasattr(own, 'get_targets'):
-                raise ValueError(
-                    f'BoxTerm divides by the positives that '
-                    f'{type(own).__name__}.get_targets finds, and there is '
-                    f"none. Set normalise_by='weight'."
-                )
+            check_assigns('BoxTerm', own, "Set normalise_by='weight'.")
             self.tap(student, f'{self.head}.get_targets')
         self.weight.bind(self, student, teacher)
 

@@ -22,7 +22,11 @@ from mmkd.ops.scores import class_samples
 from mmkd.registry import MODELS
 from mmkd.structures import Step
 from mmkd.taps import maps_of, resolve
-from mmkd.terms.assignment import assigned_labels, count_positives
+from mmkd.terms.assignment import (
+    assigned_labels,
+    check_assigns,
+    count_positives,
+)
 from mmkd.terms.decoding import decode, giou_error, trim
 from mmkd.terms.term import Term
 from mmkd.terms.weights.positive import best, spread
@@ -137,6 +141,9 @@ class CrossHeadTerm(Term):
         self.teacher_names = [self.teacher]
         own = _head(student, self.head, 'student')
         other = _head(teacher.detector, self.head, 'teacher')
+        check_assigns(
+            'CrossHeadTerm', own, 'Choose a term on features for this pair.'
+        )
         _check_strides(own, other)
         self.paths = {}
         for tower in TOWERS:

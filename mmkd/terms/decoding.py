@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from mmdet.models.dense_heads import (
     CenterNetUpdateHead,
     FoveaHead,
@@ -96,11 +97,21 @@ def giou_error(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         (N, A, H, W), in [0, 2].
     """
-    boxes = [one.movedim(2, -1) for one in (student, teacher)]
+    boxes = [_upright(one) for one in (student, teacher)]
     shape = boxes[0].shape[:-1]
     boxes = [one.reshape(-1, 4) for one in boxes]
     # Torchvision's loss selects by a mask, which waits for the device.
     return 1 - bbox_overlaps(*boxes, mode='giou', is_aligned=True).view(shape)
+
+
+def _upright(boxes: Tensor) -> Tensor:
+    """(N, A, 4, H, W) as (N, A, H, W, 4), no side below 0.
+
+    RTMDet's distances may be negative, and a box that is turned inside out has
+    no GIoU.
+    """
+    low, high = boxes.movedim(2, -1).chunk(2, -1)
+    return torch.cat([low, torch.maximum(low, high)], -1)
 
 
 def _corners(

@@ -276,3 +276,9 @@ def test_a_coarse_map_may_be_rounded_either_way(cells):
 def test_missing_ground_truth_is_named(maps):
     with pytest.raises(ValueError, match=r'FGFILoss .* gt=None'):
         FGFILoss(MANY)(*maps)
+
+
+def test_points_are_no_anchors():
+    points = dict(type='MlvlPointGenerator', strides=[8])
+    with pytest.raises(ValueError, match=r'MlvlPointGenerator gives points'):
+        FGFILoss(anchor_generator=points, level_index=0)

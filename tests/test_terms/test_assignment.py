@@ -2,8 +2,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmdet.registry import MODELS
 
-from mmkd.terms.assignment import assigned_labels, count_positives
+from mmkd.terms.assignment import (
+    assigned_labels,
+    check_assigns,
+    count_positives,
+)
 
 
 def step(targets):
@@ -31,3 +36,20 @@ def test_positives_are_the_labels_of_classes():
     labels = [torch.tensor([[0, 2, 3, -1]]), torch.tensor([[1, 3]])]
     assert count_positives(labels, 3) == 3
     assert count_positives([torch.tensor([3, -1])], 3) == 1
+
+
+@pytest.mark.parametrize('name', ['DDODHead', 'RepPointsHead', 'YOLOV3Head'])
+def test_heads_whose_labels_cannot_be_read_are_refused(name):
+    kind = MODELS.get(name)
+    head = kind.__new__(kind)
+    torch.nn.Module.__init__(head)
+    with pytest.raises(ValueError, match=f"BoxTerm.*student's {name}.*Do so"):
+        check_assigns('BoxTerm', head, 'Do so.')
+
+
+def test_a_head_must_have_targets():
+    head = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="student's Linear"):
+        check_assigns('BoxTerm', head, '')
+    head.get_targets = print
+    check_assigns('BoxTerm', head, '')

@@ -256,6 +256,16 @@ def test_giou_of_boxes_worked_out_by_hand():
     )
 
 
+def test_a_box_inside_out_has_no_area():
+    """As that without width at its left edge: IoU 0, hull as large."""
+    turned = torch.tensor([1.0, 0, 0, 1]).view(1, 1, 4, 1, 1)
+    other = torch.tensor([0.0, 0, 2, 1]).view(1, 1, 4, 1, 1)
+    for pair in ((turned, other), (other, turned)):
+        torch.testing.assert_close(
+            giou_error(*pair).item(), 1.0, atol=1e-5, rtol=0
+        )
+
+
 def test_a_border_is_trimmed():
     x = torch.arange(12.0).view(1, 1, 3, 4)
     assert trim(x, torch.zeros(1, 5, 2, 3)).tolist() == [
