@@ -15,13 +15,14 @@ export OMP_NUM_THREADS ?= 1
 # Neither stack's mmcv is compiled here: mmkd brings what mmdet calls.
 export MMCV_WITH_OPS := 0
 
-.PHONY: demo test test-slow lint format docs setup clean
+.PHONY: demo test test-slow test-all lint format docs setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo       teacher, student alone, student distilled, compared'
 	@echo 'make test       the tests (minutes)'
 	@echo 'make test-slow  the long ones as well'
+	@echo 'make test-all   every tiny config on three seeds (an hour or two)'
 	@echo 'make lint       ruff, as the commit hook runs it'
 	@echo 'make docs       the generated pages and tables'
 	@echo 'make clean      removes $(VENV) and what the demo made'
@@ -59,6 +60,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m slow
+
+test-all: $(READY)
+	$(BIN)/python tools/test_all.py --jobs $(JOBS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

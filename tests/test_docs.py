@@ -25,6 +25,7 @@ PAGES = [
     for path in (
         *sorted(ROOT.glob('*.md')),
         *sorted((ROOT / 'docs').glob('*.md')),
+        *sorted((ROOT / 'configs').glob('*/README.md')),
     )
 ]
 #: Snippets that are not run. Raise a number only with a reason.

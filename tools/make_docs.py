@@ -1,9 +1,10 @@
 """Write what the documentation repeats from the code.
 
 ``docs/method_cards.md`` comes from the docstrings of losses, alignments,
-terms, schedules and backbones and from the configs' cards; the README's table
-of methods stands between ``<!-- methods:begin -->`` and
-``<!-- methods:end -->``.
+terms, schedules and backbones and from the configs' cards. From the same
+source are ``docs/methods.md``, the README's table of methods, between
+``<!-- methods:begin -->`` and ``<!-- methods:end -->``, a page and a metafile
+for each folder of ``configs``, and ``model-index.yml``, which lists these.
 
     python tools/make_docs.py           write them
     python tools/make_docs.py --check   fail if they are out of date
@@ -18,20 +19,31 @@ import inspect
 import pkgutil
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import yaml
+from mmdet.registry import MODELS as DETECTORS
+from mmengine.registry import init_default_scope
+from torch import nn
+
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mmkd  # noqa: F401
+from mmkd.build import build
+from mmkd.checks import check_name
+from mmkd.configs import read_config
 from mmkd.registry import MODELS, SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = Path('docs') / 'method_cards.md'
+METHODS = Path('docs') / 'methods.md'
+INDEX = Path('model-index.yml')
 MARKERS = ('<!-- methods:begin -->', '<!-- methods:end -->')
 SECTIONS = ('Args', 'Attributes', 'Returns', 'Raises', 'Reference', 'Example')
 
@@ -75,6 +87,77 @@ KINDS = (
     ('Detectors', 'mmkd.detectors', 'Students that deploy more than one.'),
 )
 
+#: What the methods of a family compare; each is a folder of configs, or the
+#: title of a method that has none of its own.
+FAMILIES = {
+    'feature': (
+        'maps of backbone or neck as a whole',
+        *('at', 'cwd', 'foundation', 'freekd', 'mimic', 'pkd', 'reviewkd'),
+        'ssim',
+    ),
+    'focal region': (
+        'maps where objects are, or where the teacher looks',
+        *('defeat', 'fbkd', 'fgd', 'fgfi', 'frs', 'maskd', 'pgd'),
+        *('score-l2', 'FGD, focal part'),
+    ),
+    'generation': (
+        "the teacher's map, made from a part of the student's",
+        *('amd', 'dmkd', 'mgd'),
+    ),
+    'relational': (
+        'how places or objects resemble each other',
+        *('affinity', 'cckd', 'rkd', 'sp', 'FGD, global part'),
+    ),
+    'response': (
+        'class scores, boxes, masks: what the heads say',
+        *('bckd', 'crosskd', 'dist', 'dkd', 'head', 'ld', 'mask-kd', 'nkd'),
+        *('rpn-kd', 'soft-target'),
+    ),
+    'instance': (
+        'single objects: where the two differ most, or one query each',
+        *('gid', 'icd'),
+    ),
+    'group': (
+        'nothing itself; it weighs other terms, or chooses their teachers',
+        *('BalancedTerm', 'mtpd', 'multi-teacher', 'self-teaching'),
+    ),
+}
+
+#: The component whose docstring tells the method of a folder of configs that
+#: no loss is named like.
+TOLD_BY = {
+    'crosskd': 'CrossHeadTerm',
+    'foundation': 'FoundationTerm',
+    'frs': 'ScoreWeight',
+    'gid': 'InstanceTerm',
+    'head': 'AssistantTerm',
+    'icd': 'InstanceConditionalTerm',
+    'mask-kd': 'MaskTerm',
+    'rpn-kd': 'SoftTargetLoss',
+    'self-teaching': 'SelfTerm',
+    'score-l2': 'WeightedMSELoss',
+    'mtpd': 'MGDLoss',
+    'multi-teacher': 'PKDLoss',
+}
+
+#: What is done in a folder whose method is how it uses another's loss. Its
+#: paper stands under ``Read`` on the first card, in the form of docstrings.
+IDEAS = {
+    'mtpd': 'Several teachers in turn, the nearer one first.',
+    'multi-teacher': 'Several teachers at once, each a term of its own.',
+}
+
+#: Terms whose layers are known only beside the student and the teacher.
+LATE = {'AssistantTerm'}
+
+#: Where a method is from whose docstring names another source.
+SOURCES = {
+    'score-l2': (
+        'Ultralytics',
+        'https://docs.ultralytics.com/guides/knowledge-distillation',
+    ),
+}
+
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     """Write or check the generated texts; returns the exit status."""
@@ -116,13 +199,22 @@ def generate(root: Path = ROOT) -> dict[Path, str]:
         for heading, package, text in KINDS
     ]
     texts = {root / CARDS: cards_page(kinds, configs)}
+    told = [one for _, _, methods in kinds for one in methods]
+    losses, terms = kinds[0][2], kinds[1][2]
+    methods = losses + [one for one in terms if one.paper()[1]]
+    rows = read_rows(configs, told, root)
+    rows += parts_of(methods, configs)
+    texts[root / METHODS] = methods_page(rows)
+    for row in rows:
+        if row.folder:
+            folder = root / 'configs' / row.folder
+            texts[folder / 'README.md'] = folder_page(row)
+            texts[folder / 'metafile.yml'] = metafile(row)
+    texts[root / INDEX] = model_index(rows)
     readme = root / 'README.md'
     if readme.is_file():
-        losses, terms = kinds[0][2], kinds[1][2]
-        methods = losses + [one for one in terms if one.paper()[1]]
-        table = method_table(methods, configs)
         text = readme.read_text(encoding='utf-8')
-        texts[readme] = between_markers(text, table)
+        texts[readme] = between_markers(text, method_table(rows))
     return texts
 
 
@@ -209,27 +301,47 @@ class Method:
         folder = ''.join(f'test_{one}/' for one in folders)
         return f'tests/{folder}test_{name}.py'
 
-    def paper(self) -> tuple[str, str]:
-        """Venue with year and address of its source, '' where not named."""
-        sources = [
+    @property
+    def reference(self) -> str:
+        """All that stands under ``Reference:``, on one line."""
+        # The class names it first, the function may spell it out.
+        return ' '.join(
             ' '.join(Docstring.parse(one.__doc__).reference.split())
             for one in (*self.classes, *self.functions)
-        ]
-        # The class names it first, the function may spell it out.
-        found = re.search(_ADDRESS, ' '.join(sources))
+        )
+
+    def paper(self) -> tuple[str, str]:
+        """Venue with year and address of its source, '' where not named."""
+        found = re.search(_ADDRESS, self.reference)
         if not found:
             return '', ''
         address = found[0]
         venue = re.search(
-            rf'", ([^,"]+ \d{{4}}), {re.escape(address)}', ' '.join(sources)
+            rf'", ([^,"]+ \d{{4}}), {re.escape(address)}', self.reference
         )
-        number = address.removeprefix('arXiv:')
-        if number != address:
-            address = f'https://arxiv.org/abs/{number}'
-        return venue[1] if venue else found[0], address
+        return venue[1] if venue else found[0], _link(address)
+
+    def citation(self) -> dict[str, str]:
+        """Authors, title, venue, year and address of its first source."""
+        return _cited(self.reference)
 
 
 _ADDRESS = r'arXiv:\d{4}\.\d{4,5}|https://\S+[^\s.,;]'
+#: Authors, "Title", VENUE YEAR, arXiv:NUMBER
+_SOURCE = (
+    r'(?P<authors>[A-Z][\w-]+(?: et al\.| and [A-Z][\w-]+)?), '
+    r'"(?P<title>[^"]+)"(?:, (?P<venue>[^",]+) (?P<year>\d{4}))?, '
+    rf'(?P<address>{_ADDRESS})'
+)
+
+
+def _cited(text: str) -> dict[str, str]:
+    found = re.search(_SOURCE, text)
+    return {} if found is None else found.groupdict(default='')
+
+
+def _link(address: str) -> str:
+    return address.replace('arXiv:', 'https://arxiv.org/abs/')
 
 
 def read_methods(package: str) -> Iterator[Method]:
@@ -299,11 +411,85 @@ class Card:
     fields: dict[str, str]
     types: set[str]
 
+    @property
+    def folder(self) -> str:
+        return Path(self.path).parts[1]
+
+    @property
+    def variant(self) -> str:
+        """First word of the file's name: the folder's, or one with more."""
+        return Path(self.path).name.partition('_')[0]
+
+    @property
+    def _summary(self) -> re.Match:
+        found = _SUMMARY.fullmatch(self.title)
+        if found is None:
+            raise ValueError(
+                f'{self.path}: its first line must read "METHOD: STUDENT '
+                f'(40.2 AP alone) learns from TEACHER (44.7 AP).", got '
+                f'{self.title!r}.'
+            )
+        return found
+
+    @property
+    def student(self) -> str:
+        return re.sub(r'^Faster (?!R-CNN)', 'Faster R-CNN ', self._summary[1])
+
+    @property
+    def detector(self) -> str:
+        """The student without its size, which is the last word."""
+        return self.student.rpartition(' ')[0]
+
+    @property
+    def alone(self) -> float:
+        return float(self._summary[2])
+
+    @property
+    def teacher(self) -> str:
+        return self._summary[3]
+
+    @property
+    def teacher_ap(self) -> str:
+        """Of each teacher; '' if none is a detector of its own."""
+        return self._summary[4] or ''
+
+    @property
+    def published(self) -> float | None:
+        """AP after distillation, of the source that the card names first."""
+        found = re.match(r'(\d+\.\d) AP', self._field('Published'))
+        return found and float(found[1])
+
+    @property
+    def base(self) -> float | None:
+        """AP of the same source's student alone, None if it is another's."""
+        said = self._field('Published')
+        found = re.search(
+            r'(?:student alone has|student with) (\d+\.\d)', said
+        )
+        if found is None and 'not to be compared' in said:
+            return None
+        return float(found[1]) if found else self.alone
+
+    @property
+    def epochs(self) -> int:
+        return int(re.match(r'\d+(?= epochs)', self._field('Schedule'))[0])
+
+    def _field(self, name: str) -> str:
+        if name not in self.fields:
+            raise ValueError(f'{self.path}: its card has no {name!r}.')
+        return self.fields[name]
+
+
+_SUMMARY = re.compile(
+    r'[^:]+: (.+) \((\d+\.\d) AP alone\) learns from (.+?)'
+    r'(?: \((\d+\.\d(?:, \d+\.\d)*) AP\))?\.'
+)
+
 
 def read_configs(folder: Path) -> list[Card]:
-    """The cards of all configs below a folder, by path."""
+    """The cards of the published experiments below a folder, by path."""
     cards = []
-    for path in sorted(folder.rglob('*.py')):
+    for path in sorted(folder.rglob('*_coco.py')):
         source = path.read_text(encoding='utf-8')
         tree = ast.parse(source)
         docstring = ast.get_docstring(tree)
@@ -465,27 +651,463 @@ def _config_table(configs: list[Card]) -> str:
     return '\n'.join([head, '|---|---|---|', *rows])
 
 
-def method_table(methods: list[Method], configs: list[Card]) -> str:
-    """The README's table: one row a loss, or a term that is a method."""
-    rows = [
+@dataclass
+class Row:
+    """A method as the tables have it; every field is filled.
+
+    Attributes:
+        title: Its name.
+        method: The component whose docstring tells it.
+        family: A key of :data:`FAMILIES`.
+        types: Components of its configs that have a source of their own.
+        folder: Below ``configs``; '' for what has no config of its own.
+        configs: Cards of its published experiments.
+        tiny: Paths of its tiny configs, from the root.
+        layers, parameters: What its terms add to the first experiment.
+    """
+
+    title: str
+    method: Method
+    family: str
+    types: list[str]
+    folder: str = ''
+    configs: list[Card] = field(default_factory=list)
+    tiny: list[str] = field(default_factory=list)
+    layers: str = ''
+    parameters: int = 0
+
+    @property
+    def about(self) -> str:
+        return IDEAS.get(self.folder) or self.method.about
+
+    @property
+    def paper(self) -> tuple[str, str]:
+        """As :meth:`Method.paper`."""
+        if self.folder in SOURCES:
+            return SOURCES[self.folder]
+        if self.folder not in IDEAS:
+            return self.method.paper()
+        if not (found := self.citation):
+            return '', ''
+        venue = f'{found["venue"]} {found["year"]}'
+        return venue, _link(found['address'])
+
+    @property
+    def source(self) -> str:
+        """Link to the paper; 'ours' where there is none."""
+        venue, address = self.paper
+        return f'[{venue}]({address})' if address else 'ours'
+
+    @property
+    def citation(self) -> dict[str, str]:
+        """As :meth:`Method.citation`; empty if there is none to cite."""
+        if self.folder in SOURCES:
+            return {}
+        if self.folder in IDEAS:
+            return _cited(self.configs[0].fields['Read'])
+        return self.method.citation()
+
+    @property
+    def detectors(self) -> str:
+        return ', '.join(sorted({one.detector for one in self.configs}))
+
+
+def read_rows(
+    configs: list[Card], methods: list[Method], root: Path
+) -> list[Row]:
+    """One row for each folder of configs, by title.
+
+    Args:
+        configs: The cards of all published experiments.
+        methods: All components.
+        root: Folder of configs.
+
+    Raises:
+        ValueError: If a fact is missing; the message says what to write.
+    """
+    folders: dict[str, list[Card]] = {}
+    for one in configs:
+        folders.setdefault(one.folder, []).append(one)
+    found = []
+    for folder, cards in folders.items():
+        method = _told_by(folder, methods)
+        cards.sort(key=lambda card: (card.variant != folder, card.path))
+        layers, parameters = own_layers(root / cards[0].path)
+        tiny = sorted(
+            (root / 'configs' / folder / 'tiny').glob('*.py'),
+            key=lambda path: (path.stem != f'{folder}_tiny', path.stem),
+        )
+        found.append(
+            Row(
+                title=cards[0].title.partition(':')[0],
+                method=method,
+                family=family_of(folder),
+                types=_types_of(cards, methods, method),
+                folder=folder,
+                configs=cards,
+                tiny=[one.relative_to(root).as_posix() for one in tiny],
+                layers=layers,
+                parameters=parameters,
+            )
+        )
+    return sorted(found, key=lambda row: row.title.lower())
+
+
+def parts_of(methods: list[Method], configs: list[Card]) -> list[Row]:
+    """Rows of the methods that no published experiment names."""
+    named = {kind for one in configs for kind in one.types}
+    return [
+        Row(
+            title=one.title,
+            method=one,
+            family=family_of(one.title),
+            types=[kind.__name__ for kind in one.classes],
+        )
+        for one in methods
+        if not named & {kind.__name__ for kind in one.classes}
+    ]
+
+
+def family_of(name: str) -> str:
+    """The family of a folder of configs, or of a method without one.
+
+    Example:
+        >>> family_of('mgd')
+        'generation'
+
+    Raises:
+        ValueError: If it has none.
+    """
+    for family, (_, *names) in FAMILIES.items():
+        if name in names:
+            return family
+    raise ValueError(
+        f'{name!r} belongs to no family of methods. Add it to one of '
+        f'FAMILIES in tools/make_docs.py: {", ".join(FAMILIES)}.'
+    )
+
+
+def _told_by(folder: str, methods: list[Method]) -> Method:
+    name = TOLD_BY.get(folder)
+    for method in methods:
+        module = method.module.__name__
+        if name in [one.__name__ for one in method.classes]:
+            return method
+        if module == f'mmkd.losses.{folder.replace("-", "_")}':
+            return method
+    known = [one.__name__ for method in methods for one in method.classes]
+    if name is not None:
+        check_name('TOLD_BY in tools/make_docs.py', 'component', name, known)
+    raise ValueError(
+        f'configs/{folder} is named like no loss. Say in TOLD_BY of '
+        f"tools/make_docs.py whose docstring tells the method: '{folder}': "
+        f"'…Term'."
+    )
+
+
+def _types_of(
+    cards: list[Card], methods: list[Method], method: Method
+) -> list[str]:
+    """Names of what is the method's own, its teller first."""
+    used = {kind for card in cards for kind in card.types}
+    names = [one.__name__ for one in method.classes]
+    names += [
+        one.__name__
+        for other in methods
+        for one in other.classes
+        if other.paper()[1] and other.paper() == method.paper()
+    ]
+    return [name for name in dict.fromkeys(names) if name in used]
+
+
+def own_layers(path: Path) -> tuple[str, int]:
+    """Convolutions and parameters that a config's terms bring with them.
+
+    Args:
+        path: The config. Its terms are built as they are for its pair of
+            detectors.
+
+    Returns:
+        The convolutions in words, and the number of weights.
+    """
+    model = read_config(path).model
+    if LATE & {
+        str(one.type).removeprefix('mmkd.') for one in model.terms.values()
+    }:
+        init_default_scope('mmdet')
+        modules = [DETECTORS.build(model).terms]
+    else:
+        modules = [
+            build(one, f'terms.{name}') for name, one in model.terms.items()
+        ]
+    kernels = Counter(
+        f'{layer.kernel_size[0]}×{layer.kernel_size[1]}'
+        for module in modules
+        for layer in module.modules()
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+    )
+    words = [f'{count} of {size}' for size, count in sorted(kernels.items())]
+    parameters = sum(
+        one.numel() for module in modules for one in module.parameters()
+    )
+    return ', '.join(words) or 'none', parameters
+
+
+def _published(card: Card, link: str, folder: str) -> str:
+    """A pair, and its gain as it was published."""
+    variant = '' if card.variant == folder else f'{card.variant}, '
+    pair = f'[{variant}{card.student} from {card.teacher}]({link})'
+    if card.published is None:
+        return f'{pair}: none known'
+    if card.base is None:
+        return f'{pair}: {card.published}, for another student'
+    gain = card.published - card.base
+    return f'{pair}: {card.base} → {card.published} ({gain:+.1f})'
+
+
+def methods_page(rows: list[Row]) -> str:
+    """The text of ``docs/methods.md``."""
+    families = '\n'.join(
+        f'- *{name}*: {about[0]}' for name, about in FAMILIES.items()
+    )
+    table = [
+        '| method | family | paper | detectors | convolutions | parameters '
+        '| published AP, alone → distilled | configs |',
+        '|' + '---|' * 8,
+    ]
+    parts = ['| method | family | paper | type |', '|---|---|---|---|']
+    for row in rows:
+        link = f'[{row.title}](method_cards.md#{anchor(row.method.title)})'
+        if not row.folder:
+            types = ', '.join(f'`{name}`' for name in row.types)
+            cells = (link, row.family, row.source, types)
+            parts.append(f'| {" | ".join(cells)} |')
+            continue
+        published = [
+            _published(card, f'../{card.path}', row.folder)
+            for card in row.configs
+        ]
+        cells = (
+            link,
+            row.family,
+            row.source,
+            row.detectors,
+            row.layers,
+            _count(row.parameters),
+            '<br>'.join(published),
+            f'[{row.folder}](../configs/{row.folder}/README.md)',
+        )
+        table.append(f'| {" | ".join(cells)} |')
+    page = [
+        '# Methods',
+        '<!-- Generated by tools/make_docs.py; edit the cards. -->',
+        'What there is, what it costs, and what its authors or others report '
+        'for COCO. A family is what a method compares:',
+        families,
+        '*Convolutions* and *parameters* are those that the terms of the '
+        "method's first config train beside the student, and that are left "
+        'behind after the training; the teacher comes on top and runs as far '
+        'as the terms ask. *Published* numbers are of their sources, with '
+        'their detectors, schedules and teachers; what the config changes, '
+        'and where the number is from, stands on its card. None of them is a '
+        'result of ours; these are in [Results](results.md).',
+        '\n'.join(table),
+        'Without a published config of their own:',
+        '\n'.join(parts),
+    ]
+    return '\n\n'.join(page) + '\n'
+
+
+def _count(number: int) -> str:
+    """A number of weights in words.
+
+    Example:
+        >>> _count(5_900_000), _count(1536), _count(0)
+        ('5.9 M', '1.54 k', 'none')
+    """
+    for unit, size in (('M', 1e6), ('k', 1e3)):
+        if number >= size:
+            return f'{number / size:.3g} {unit}'
+    return str(number) if number else 'none'
+
+
+def method_table(rows: list[Row]) -> str:
+    """The README's table: the same rows, fewer columns."""
+    lines = [
         '| method | the idea | source | type | configs |',
         '|' + '---|' * 5,
     ]
-    for method in methods:
-        names = [one.__name__ for one in method.classes]
-        users = [one for one in configs if one.types & set(names)]
-        venue, address = method.paper()
-        folders = sorted({Path(one.path).parent.as_posix() for one in users})
-        link = ', '.join(f'[{Path(one).name}]({one})' for one in folders)
+    for row in rows:
+        link = f'[{row.folder}](configs/{row.folder})' if row.folder else ''
         cells = (
-            f'[{method.title}](docs/method_cards.md#{anchor(method.title)})',
-            _cell(markdown(method.about)),
-            f'[{venue}]({address})' if address else '',
-            ', '.join(f'`{name}`' for name in names),
+            f'[{row.title}](docs/method_cards.md#{anchor(row.method.title)})',
+            _cell(markdown(row.about)),
+            row.source,
+            ', '.join(f'`{name}`' for name in row.types),
             link,
         )
-        rows.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(rows)
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def folder_page(row: Row) -> str:
+    """The text of ``configs/<method>/README.md``."""
+    source = row.citation
+    paper = (
+        f'[{source["title"]}]({row.paper[1]}), '
+        f'{source["authors"]}, {row.paper[0]}'
+        if source
+        else f'Source: {row.source}.'
+    )
+    card = f'../../docs/method_cards.md#{anchor(row.method.title)}'
+    table = [
+        '| student | teacher | student alone | published | trained by us '
+        '| config |',
+        '|' + '---|' * 6,
+    ]
+    for one in row.configs:
+        cells = (
+            one.student,
+            f'{one.teacher} ({one.teacher_ap})'
+            if one.teacher_ap
+            else one.teacher,
+            str(one.alone),
+            _cell(_plain(one.fields['Published'])),
+            _cell(_plain(one.fields['Trained by us'])),
+            f'[config](./{"/".join(Path(one.path).parts[2:])})',
+        )
+        table.append(f'| {" | ".join(cells)} |')
+    parts = [
+        f'# {row.title}',
+        '<!-- Generated by tools/make_docs.py; edit cards and docstrings. -->',
+        paper,
+        '## Abstract',
+        markdown(row.about),
+        f'A method of the family *{row.family}*; its terms bring '
+        f'convolutions: {row.layers}; parameters: {_count(row.parameters)}. '
+        f'Formula, settings and where we deviate from the authors: '
+        f'[its card]({card}).',
+        '## Results',
+        'Box AP on COCO. Published numbers are those of their sources.',
+        '\n'.join(table),
+    ]
+    if row.tiny:
+        names = [Path(one).stem for one in row.tiny]
+        command = f'python tools/test_all.py {" ".join(names)}'
+        parts += [
+            '## In a minute, on a CPU',
+            f'```bash\n{command}\n```',
+            'trains '
+            + ', '.join(
+                f'[{Path(one).stem}](./tiny/{Path(one).name})'
+                for one in row.tiny
+            )
+            + ' on generated pictures; see '
+            '[Tiny trainings](../../docs/tiny.md).',
+        ]
+    if source:
+        parts += ['## Citation', f'```bibtex\n{bibtex(source)}\n```']
+    return '\n\n'.join(parts) + '\n'
+
+
+def bibtex(source: dict[str, str]) -> str:
+    """An entry of what :meth:`Method.citation` found.
+
+    Example:
+        >>> print(
+        ...     bibtex(
+        ...         dict(
+        ...             authors='Du et al.',
+        ...             title='T',
+        ...             venue='',
+        ...             year='',
+        ...             address='arXiv:2111.00674',
+        ...         )
+        ...     )
+        ... )
+        @misc{du2021t,
+          author = {Du and others},
+          title = {{T}},
+          year = {2021},
+          eprint = {2111.00674},
+          archivePrefix = {arXiv}
+        }
+    """
+    number = source['address'].removeprefix('arXiv:')
+    arxiv = number != source['address']
+    year = source['year'] or f'20{number[:2]}'
+    name = re.match(r'[\w-]+', source['authors'])[0].lower()
+    word = re.search(r'\w+', source['title'])[0].lower()
+    fields = dict(
+        author=source['authors'].replace('et al.', 'and others'),
+        title=f'{{{source["title"]}}}',
+    )
+    if source['venue']:
+        fields['booktitle'] = source['venue']
+    fields['year'] = year
+    if arxiv:
+        fields |= dict(eprint=number, archivePrefix='arXiv')
+    else:
+        fields['url'] = source['address']
+    kind = 'inproceedings' if source['venue'] else 'misc'
+    lines = [f'  {key} = {{{value}}}' for key, value in fields.items()]
+    return f'@{kind}{{{name}{year}{word},\n' + ',\n'.join(lines) + '\n}'
+
+
+def metafile(row: Row) -> str:
+    """The text of ``configs/<method>/metafile.yml``."""
+    source = row.citation
+    collection: dict[str, Any] = {
+        'Name': row.title,
+        'Metadata': {
+            'Training Data': 'COCO',
+            'Training Techniques': ['Knowledge distillation'],
+            'Architecture': sorted({one.detector for one in row.configs}),
+        },
+        'README': f'configs/{row.folder}/README.md',
+    }
+    if source:
+        collection['Paper'] = {
+            'Title': source['title'],
+            'URL': row.paper[1],
+        }
+    models = [
+        {
+            'Name': Path(one.path).stem,
+            'In Collection': row.title,
+            'Config': one.path,
+            'Metadata': {
+                'Student': one.student,
+                'Teacher': one.teacher,
+                'Epochs': one.epochs,
+                'Box AP of the student alone': one.alone,
+                'Box AP of the teacher': one.teacher_ap,
+                'Published': one.fields['Published'],
+                'Trained by us': one.fields['Trained by us'],
+            },
+        }
+        for one in row.configs
+    ]
+    text = yaml.safe_dump(
+        {'Collections': [collection], 'Models': models},
+        sort_keys=False,
+        allow_unicode=True,
+        width=79,
+    )
+    return f'# Generated by tools/make_docs.py; edit the cards.\n{text}'
+
+
+def model_index(rows: list[Row]) -> str:
+    """The text of ``model-index.yml``."""
+    lines = '\n'.join(
+        f'  - configs/{row.folder}/metafile.yml' for row in rows if row.folder
+    )
+    return (
+        '# Generated by tools/make_docs.py. MMEngine looks here before it '
+        'resolves\n# mmkd::folder/file.py, and takes the path as it stands '
+        'where no metafile\n# lists it.\n'
+        f'Import:\n{lines}\n'
+    )
 
 
 def between_markers(text: str, table: str) -> str:

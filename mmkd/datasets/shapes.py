@@ -27,6 +27,12 @@ T = TypeVar('T')
 CLASSES = ('disc', 'square', 'triangle', 'plus', 'star', 'crescent')
 SPLITS = ('train', 'val', 'test')
 COUNTS = {'train': 1200, 'val': 150, 'test': 400}
+#: Arguments for a set that is drawn in a second, for tiny trainings.
+TINY = dict(
+    out='data/shapes_tiny',
+    size=96,
+    counts={'train': 64, 'val': 16, 'test': 16},
+)
 
 #: Part of the recipe; counts up whenever a pixel or a box would change.
 DRAWING = 2

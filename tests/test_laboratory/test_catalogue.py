@@ -6,6 +6,9 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,8 +80,9 @@ def test_first_and_last_quarter_are_means():
 
 
 def test_a_quarter_of_few_values_is_one_value():
-    log = lines(loss_kd_at=(8.0, 6.0, 5.0))
-    assert Outcome.of(log, 1.0).shares == {'at': (8.0, 5.0)}
+    for values in ((8.0, 6.0, 5.0), (8.0, 7.0, 7.0, 6.0, 6.0, 5.0)):
+        log = lines(loss_kd_at=values)
+        assert Outcome.of(log, 1.0).shares == {'at': (8.0, 5.0)}
 
 
 def test_steps_in_which_a_share_was_idle_do_not_count():
@@ -188,6 +192,7 @@ def test_page_shows_means_the_slowest_seed_and_every_failure():
         '| [new_tiny](../configs/new/tiny/new_tiny.py) | | | | | not run |',
     ]
     assert '3 configs: 1 passed, 1 FAILED, 1 not run.' in text
+    assert '1 configs: 1 passed.' in page([finding()], [0])
     assert 'over seeds 0, 1' in text
     assert 'torch 2' in text
 
@@ -239,23 +244,35 @@ def test_a_training_is_done_with_its_last_checkpoint(root):
     assert not run.done
     (run.folder / 'fingerprint').write_text(run.fingerprint())
     assert run.done
-    run._process, run._stage = Ended(), 'train'
-    assert not run.poll()
+    command = [sys.executable, '-c', 'sum(range(10**7))']
+    run._process, run._stage = subprocess.Popen(command), 'train'
+    while run.poll():
+        time.sleep(0.01)
     assert run.status == DONE
+    assert 0 < run.processor_seconds() < 60
 
 
-class Ended:
-    """A process that is over."""
-
-    def poll(self):
-        return 0
+def test_a_training_that_ends_without_its_checkpoint_has_failed(root):
+    (path,) = tiny_configs(root)
+    run = Training('x', path, root / 'run')
+    run.folder.mkdir()
+    (run.folder / 'output.txt').write_text('out of memory')
+    run._process, run._stage = subprocess.Popen(['true']), 'train'
+    while run.poll():
+        time.sleep(0.01)
+    assert run.status == 'failed'
+    assert 'out of memory' in run.reason
 
 
 def write_run(run, values):
+    write_log(run, values)
+    (run.folder / 'fingerprint').write_text(run.fingerprint())
+
+
+def write_log(run, values):
     folder = run.folder / 'log' / 'vis_data'
     folder.mkdir(parents=True)
-    (run.folder / 'fingerprint').write_text(run.fingerprint())
-    log = lines(loss_kd_mimic=values, time=[0.1] * len(values))
+    log = lines(loss_kd_mimic=values)
     text = '\n'.join(map(json.dumps, log))
     (folder / 'scalars.json').write_text(text)
 
@@ -264,6 +281,7 @@ def finish(run):
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / 'fingerprint').write_text(run.fingerprint())
     run.final.write_text('weights')
+    (run.folder / 'processor').write_text('0.4')
 
 
 @pytest.fixture
@@ -304,7 +322,10 @@ def test_all_seeds_must_be_done_and_each_must_fall(trial):
     found = trial.finding()
     assert found.verdict == FAILED
     assert found.problems == ['mimic does not fall']
-    assert [one.seconds for one in found.outcomes] == pytest.approx([0.4] * 2)
+    shutil.rmtree(runs[0].folder / 'log')
+    write_log(runs[0], [1.0, 2.0])
+    assert trial.finding().problems == ['mimic does not fall']
+    assert [one.seconds for one in found.outcomes] == [0.4, 0.4]
 
 
 def test_a_training_that_stopped_early_is_a_failure(trial):
@@ -329,6 +350,19 @@ def test_report_only_trains_nothing_and_writes_the_page(trial, capsys):
     assert 'failed: mimic_tiny' in capsys.readouterr().err
     assert 'FAILED: mimic does not fall' in Path('docs/tiny.md').read_text()
     assert main([*words, '--seeds', '2']) == 0
+
+
+def test_only_what_was_asked_for_fails_the_command(trial, root, capsys):
+    for run in trial.runs():
+        write_run(run, [1.0, 2.0])
+        finish(run)
+    path = root / 'configs' / 'new' / 'tiny' / 'new_tiny.py'
+    path.parent.mkdir(parents=True)
+    shutil.copyfile(trial.path, path)
+    words = ['--report-only', '--work-dir', 'work', '--seeds', '0', '1']
+    assert main(['new_tiny', *words]) == 0
+    assert main(['new_tiny', 'mimic_tiny', *words]) == 1
+    assert capsys.readouterr().err.endswith('failed: mimic_tiny\n')
 
 
 @pytest.mark.slow

@@ -1,0 +1,16 @@
+"""AT: a tiny RetinaNet learns from one twice as wide."""
+
+_base_ = '../../_base_/tiny/retinanet.py'
+
+model = dict(
+    type='mmkd.Distiller',
+    student=_base_.model.type,
+    teachers=dict(big=_base_.teacher),
+    terms=dict(
+        at=dict(
+            type='mmkd.FeatureTerm',
+            teacher='big',
+            loss=dict(type='mmkd.ATLoss', loss_weight=1000.0),
+        ),
+    ),
+)

@@ -1,0 +1,14 @@
+"""CrossKD: a tiny GFL learns from one twice as wide."""
+
+_base_ = '../../_base_/tiny/gfl.py'
+
+model = dict(
+    type='mmkd.Distiller',
+    student=_base_.model.type,
+    teachers=dict(big=_base_.teacher),
+    terms=dict(
+        cross=dict(
+            type='mmkd.CrossHeadTerm', teacher='big', convs=1, box_weight=4.0
+        ),
+    ),
+)

@@ -1,0 +1,20 @@
+"""DIST: a tiny RetinaNet learns from one twice as wide."""
+
+_base_ = '../../_base_/tiny/retinanet.py'
+
+model = dict(
+    type='mmkd.Distiller',
+    student=_base_.model.type,
+    teachers=dict(big=_base_.teacher),
+    terms=dict(
+        dist=dict(
+            type='mmkd.FeatureTerm',
+            teacher='big',
+            tap='bbox_head',
+            output=0,
+            loss=dict(
+                type='mmkd.DISTLoss', num_classes=6, activation='sigmoid'
+            ),
+        ),
+    ),
+)

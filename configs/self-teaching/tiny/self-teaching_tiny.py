@@ -1,0 +1,22 @@
+"""Self: a tiny GFL learns from the average of its past."""
+
+_base_ = '../../_base_/tiny/gfl.py'
+
+model = dict(
+    type='mmkd.Distiller',
+    student=_base_.model.type,
+    teachers=dict(),
+    terms=dict(
+        past=dict(
+            type='mmkd.SelfTerm',
+            terms=dict(
+                mimic=dict(
+                    type='mmkd.FeatureTerm',
+                    teacher='self',
+                    loss=dict(type='mmkd.MimicLoss'),
+                )
+            ),
+            average=dict(type='ExponentialMovingAverage', momentum=0.1),
+        ),
+    ),
+)

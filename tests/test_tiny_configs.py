@@ -1,0 +1,224 @@
+"""The tiny configs: one for every method, each the equation and no more.
+
+`make test-all` trains them all; here they are built, and two of them, others
+with each commit, learn for a few steps.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import inspect
+import math
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+from mmdet.registry import MODELS
+from mmengine.registry import init_default_scope
+
+from mmkd.configs import OWN_KEYS, read_config, student_config
+from mmkd.datasets.shapes import TINY, prepare_shapes
+from mmkd.laboratory.catalogue import Trial, sample, shares, tiny_configs
+from mmkd.registry import MODELS as OURS
+
+ROOT = Path(__file__).parents[1]
+PATHS = tiny_configs(ROOT)
+EVERY = pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
+#: The methods that have a published experiment, with their folders.
+METHODS = sorted(
+    {
+        (path.relative_to(ROOT).parts[1], path.name.partition('_')[0])
+        for path in (ROOT / 'configs').rglob('*_coco.py')
+    }
+)
+STEPS = 4
+
+SKELETON = '''\
+"""{name}: a tiny GFL learns from one twice as wide."""
+
+_base_ = '../../_base_/tiny/gfl.py'
+
+model = dict(
+    type='mmkd.Distiller',
+    student=_base_.model.type,
+    teachers=dict(big=_base_.teacher),
+    terms=dict(
+        {term}=dict(
+            type='mmkd.FeatureTerm',
+            teacher='big',
+            loss=dict(type='mmkd.…Loss', loss_weight=1.0),
+        ),
+    ),
+)
+'''
+
+quick_starts = runs.quick_starts
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """Tiny configs name their teachers from there."""
+    monkeypatch.chdir(ROOT)
+    init_default_scope('mmdet')
+
+
+@cache
+def config_of(path: Path):
+    return read_config(path)
+
+
+def base_of(path: Path) -> Path:
+    (base,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == '_base_'
+    )
+    return path.parent / base
+
+
+def named(value) -> set[str]:
+    """Every ``type`` of mmkd's in a config."""
+    if isinstance(value, dict):
+        own = {str(value.get('type')).removeprefix('mmkd.')}
+        return own.union(*map(named, value.values()))
+    if isinstance(value, (list, tuple)):
+        return set().union(*map(named, value))
+    return set()
+
+
+# There is one ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('folder', 'method'), METHODS)
+def test_every_method_with_a_published_config_has_a_tiny_one(folder, method):
+    path = f'configs/{folder}/tiny/{method}_tiny.py'
+    assert (ROOT / path).is_file(), (
+        f'configs/{folder} has a config of {method!r}, but there is no '
+        f'{path}. Write it, with as much of the method as the published one '
+        f'has, for instance:\n\n'
+        + SKELETON.format(name=method.upper(), term=method.replace('-', '_'))
+        + f'\nand see it learn: python tools/test_all.py {method}_tiny'
+    )
+
+
+def test_every_loss_term_and_weight_is_in_a_tiny_config():
+    used = set().union(*(named(config_of(path).model) for path in PATHS))
+    OURS.import_from_location()
+    known = {
+        name
+        for name, one in OURS.module_dict.items()
+        if inspect.isclass(one)
+        and one.__module__.startswith(('mmkd.losses.', 'mmkd.terms.'))
+    }
+    missing = sorted(known - used)
+    assert missing == [], (
+        f'No tiny config names {", ".join(missing)}. Add it to one of its '
+        f'method, or write configs/METHOD/tiny/METHOD_tiny.py.'
+    )
+
+
+# It is the equation ----------------------------------------------------------
+
+
+@EVERY
+def test_is_its_base_with_teachers_and_terms(path):
+    config, base = config_of(path), read_config(base_of(path))
+    assert config.model.type == 'mmkd.Distiller'
+    plain = student_config(config.model).to_dict()
+    assert plain == base.model.to_dict()
+    assert set(config.model) - set(base.model) == set(OWN_KEYS)
+    known = [
+        read_config(one).teacher.to_dict()
+        for one in (ROOT / 'configs' / '_base_' / 'tiny').glob('*.py')
+        if 'teacher = dict' in one.read_text()
+    ]
+    for teacher in config.model.teachers.to_dict().values():
+        assert teacher in known
+    for key in set(base) - {'model', 'optim_wrapper'}:
+        assert config[key] == base[key], key
+
+
+@EVERY
+def test_is_short_and_says_what_it_is(path):
+    assert len(path.read_text().splitlines()) <= 45
+    (line,) = ast.get_docstring(ast.parse(path.read_text())).splitlines()
+    name, _, about = line.partition(': ')
+    assert name
+    assert about.startswith('a tiny ')
+    assert path.name.partition('_')[0].startswith(path.parents[1].name)
+
+
+@EVERY
+def test_reads_the_checkpoint_that_its_teacher_ends_with(path):
+    Trial(path, Path('work_dirs/tiny'), [0])  # raises if not
+
+
+@EVERY
+def test_builds(path):
+    model = MODELS.build(config_of(path).model)
+    assert list(model.terms) == list(config_of(path).model.terms)
+
+
+# Two of them learn -----------------------------------------------------------
+
+
+def today() -> str:
+    """What chooses the sample: the commit, or the day where there is none."""
+    try:
+        return subprocess.run(
+            ['git', 'rev-parse', '--short', 'HEAD'],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+
+
+TODAY = today()
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('shapes') / 'tiny'
+    counts = {'train': 16, 'val': 0, 'test': 0}
+    prepare_shapes(folder, size=TINY['size'], counts=counts, say=len)
+    return folder
+
+
+@pytest.mark.parametrize(
+    'path',
+    sample(PATHS, TODAY),
+    ids=lambda path: f'{path.stem}-of-{TODAY}',
+)
+def test_one_of_this_commit_learns_for_a_few_steps(path, pictures, tmp_path):
+    config = read_config(path)
+    for name, teacher in config.model.teachers.items():
+        if not Path(teacher.checkpoint).is_file():
+            weights = tmp_path / f'{name}.pth'
+            tiny.save_teacher(read_config(teacher.config).model, weights)
+            teacher.checkpoint = str(weights)
+    config.train_dataloader.dataset.data_root = str(pictures)
+    for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
+        config[key] = None
+    config.train_cfg.max_iters = STEPS
+    config.default_hooks.logger.interval = 1
+    config.work_dir, config.experiment_name = str(tmp_path), path.stem
+    log = runs.train(config)['log']
+    for name in shares(config.model.terms):
+        keys = [
+            key
+            for key in log
+            if f'{key}_'.startswith(f'train/loss_kd_{name}_')
+        ]
+        assert keys, f'{name} is not in the log: {sorted(log)}'
+        for key in keys:
+            values = log[key][0]
+            assert len(values) == STEPS
+            assert all(math.isfinite(value) for value in values), key
+            assert any(value > 0 for value in values), key
