@@ -22,7 +22,7 @@ help:
 	@echo 'make demo       teacher, student alone, student distilled, compared'
 	@echo 'make test       the tests (minutes)'
 	@echo 'make test-slow  the long ones as well'
-	@echo 'make test-all   every tiny config on three seeds (an hour or two)'
+	@echo 'make test-all   every tiny config on three seeds (an hour)'
 	@echo 'make lint       ruff, as the commit hook runs it'
 	@echo 'make docs       the generated pages and tables'
 	@echo 'make clean      removes $(VENV) and what the demo made'

@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from mmdet.models.dense_heads import (
+    CenterNetUpdateHead,
+    DDODHead,
+    PAAHead,
+    RTMDetHead,
+    TOODHead,
+)
 from mmdet.models.losses import L1Loss, SmoothL1Loss
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
@@ -45,6 +52,14 @@ SMALLEST = 10
 #: A box with this root of its area, in pixels, is read from the level of
 #: this stride, one of twice the side from the next.
 SIDE, STRIDE = 224, 16
+#: Heads whose get_targets reads predictions as well, or other arguments.
+ASSIGN_OTHERWISE = (
+    CenterNetUpdateHead,
+    DDODHead,
+    PAAHead,
+    RTMDetHead,
+    TOODHead,
+)
 
 
 @MODELS.register_module()
@@ -169,11 +184,11 @@ class InstanceTerm(Term):
         ):
             head, _ = resolve(detector, self.head)
             check_decodable('InstanceTerm', head, side)
+            if side == 'student' and (self.class_weight or self.box_weight):
+                _check_assigns(head)
             refuse_softmax('InstanceTerm', detector, self.head, side)
             heads.append(head)
         _check_alike(*heads)
-        if self.class_weight or self.box_weight:
-            _check_assigns(heads[0])
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         shown = step.teacher(self.teacher)
@@ -538,11 +553,11 @@ def _anchors(head: nn.Module) -> list[int]:
 
 
 def _check_assigns(head: nn.Module) -> None:
-    if not hasattr(head, 'get_targets'):
+    if isinstance(head, ASSIGN_OTHERWISE) or not hasattr(head, 'get_targets'):
         raise ValueError(
-            f'InstanceTerm lets the student assign the instances, but '
-            f'{type(head).__name__} has no get_targets. Set class_weight=0 '
-            f'and box_weight=0.'
+            f'InstanceTerm lets the student assign the instances, and '
+            f'{type(head).__name__} has no get_targets that needs boxes '
+            f'alone. Set class_weight=0 and box_weight=0.'
         )
 
 

@@ -30,5 +30,9 @@ def test_each_object_has_its_own_and_borders_cut_it():
     assert abs(other.sum() / 200 - math.pi / 4) < 0.05
 
 
+def test_edges_between_pixels_count_as_they_are():
+    assert masks([0.6, 0.0, 2.4, 1.0], 1, 4).tolist() == [[[0, 1, 0, 0]]]
+
+
 def test_no_objects_have_no_masks():
     assert masks([]).shape == (0, 90, 120)
