@@ -143,6 +143,20 @@ def test_what_does_not_fall_is_a_problem(last):
     assert found == ['at does not fall']
 
 
+def test_the_distance_to_a_teacher_that_moves_may_grow():
+    found = outcome(own_pkd=(1.0, 2.0), owner=(1.0, 2.0))
+    assert found.problems([], ['own']) == ['owner does not fall']
+
+
+def test_a_group_that_teaches_itself_has_such_a_teacher(root):
+    name = 'configs/self-teaching/tiny/self-teaching_tiny.py'
+    (root / name).parent.mkdir(parents=True)
+    shutil.copyfile(ROOT / name, root / name)
+    assert Trial(root / name, root, [0]).moving == ['past']
+    (path, _) = tiny_configs(root)
+    assert Trial(path, root, [0]).moving == []
+
+
 def test_a_minute_is_too_long():
     found = outcome(SECONDS, at=(2.0, 1.0)).problems(['at'])
     assert found == ['longer than 60 s']
@@ -363,6 +377,43 @@ def test_only_what_was_asked_for_fails_the_command(trial, root, capsys):
     assert main(['new_tiny', *words]) == 0
     assert main(['new_tiny', 'mimic_tiny', *words]) == 1
     assert capsys.readouterr().err.endswith('failed: mimic_tiny\n')
+
+
+def test_pictures_come_first_then_teachers_then_students(trial, monkeypatch):
+    (teacher,) = trial.teachers()
+    teacher.final.unlink()
+    shutil.rmtree(catalogue.TINY['out'])
+    begun = []
+
+    def carry_out(runs, jobs, ended=None):
+        begun.append([run.name for run in runs])
+        for run in runs:
+            finish(run)
+
+    monkeypatch.setattr(catalogue, 'carry_out', carry_out)
+    catalogue.train([trial, trial], jobs=1)
+    students = ['mimic_tiny, seed 0', 'mimic_tiny, seed 1']
+    assert begun == [['gfl'], students * 2]
+    assert Path(catalogue.TINY['out'], 'train.json').is_file()
+
+
+def test_a_teacher_that_fails_ends_the_command(trial, monkeypatch):
+    (teacher,) = trial.teachers()
+    teacher.final.unlink()
+    monkeypatch.setattr(catalogue, 'carry_out', lambda *runs, **more: None)
+    with pytest.raises(RuntimeError):
+        catalogue.train([trial], jobs=1)
+
+
+@pytest.mark.parametrize('part', ['code_digest', 'data_digest'])
+def test_other_code_or_pictures_are_another_training(trial, monkeypatch, part):
+    before = [run.fingerprint() for run in trial.runs()]
+    other = dict(train='other') if part == 'data_digest' else 'other'
+    monkeypatch.setattr(catalogue, part, lambda settings: other)
+    teacher = trial.teachers()[0]
+    finish(teacher)
+    after = [run.fingerprint() for run in trial.runs()]
+    assert not set(before) & set(after)
 
 
 @pytest.mark.slow

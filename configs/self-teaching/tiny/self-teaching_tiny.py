@@ -10,10 +10,10 @@ model = dict(
         past=dict(
             type='mmkd.SelfTerm',
             terms=dict(
-                mimic=dict(
+                pkd=dict(
                     type='mmkd.FeatureTerm',
                     teacher='self',
-                    loss=dict(type='mmkd.MimicLoss'),
+                    loss=dict(type='mmkd.PKDLoss', loss_weight=2.0),
                 )
             ),
             average=dict(type='ExponentialMovingAverage', momentum=0.1),
