@@ -268,6 +268,10 @@ def stale(comparison, monkeypatch):
     report = comparison.folder / 'report' / 'results.json'
     report.parent.mkdir()
     report.write_text(json.dumps(dict(hashes=dict(code=code))))
+    teacher = comparison.teacher
+    teacher.predictions.parent.mkdir(parents=True)
+    teacher.predictions.write_text('[]')
+    (teacher.folder / 'fingerprint').write_text(teacher.fingerprint())
     comparison.options.verify = 7
     return comparison
 
