@@ -187,6 +187,20 @@ class Training(Run):
     def done(self) -> bool:
         return self.final.is_file() and self._matches()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it ended badly; one that the reader broke off did not."""
+        return (self.folder / 'failed').is_file() and self._matches()
+
+    def start(self) -> None:
+        (self.folder / 'failed').unlink(missing_ok=True)
+        super().start()
+
+    def _end(self, status: str, reason: str | None = None) -> None:
+        super()._end(status, reason)
+        if status != DONE:
+            (self.folder / 'failed').write_text(str(reason))
+
     def poll(self) -> bool:
         if self._process is not None and self._process.returncode is None:
             ended, status, usage = os.wait4(self._process.pid, os.WNOHANG)
@@ -268,11 +282,7 @@ class Trial:
             for run in runs
             if run.done
         ]
-        problems = [
-            'a training stopped early'
-            for run in runs
-            if run.folder.is_dir() and not run.done and not run.stale
-        ]
+        problems = ['a training stopped early' for run in runs if run.failed]
         for outcome in outcomes:
             problems += outcome.problems(self.terms, self.moving)
         return Finding(

@@ -263,6 +263,7 @@ def test_a_training_is_done_with_its_last_checkpoint(root):
     while run.poll():
         time.sleep(0.01)
     assert run.status == DONE
+    assert not run.failed
     assert 0 < run.processor_seconds() < 60
 
 
@@ -342,10 +343,23 @@ def test_all_seeds_must_be_done_and_each_must_fall(trial):
     assert [one.seconds for one in found.outcomes] == [0.4, 0.4]
 
 
-def test_a_training_that_stopped_early_is_a_failure(trial):
-    runs = trial.runs()
-    write_run(runs[0], [4.0, 3.0])
+def test_a_training_that_ended_badly_is_a_failure(trial):
+    run = trial.runs()[0]
+    write_run(run, [4.0, 3.0])
+    run._end('failed', 'why')
     assert trial.finding().problems == ['a training stopped early']
+    (run.folder / 'fingerprint').write_text('other')
+    assert trial.finding().verdict == NOT_RUN
+
+
+def test_one_that_was_broken_off_or_begins_anew_is_none(trial, monkeypatch):
+    run = trial.runs()[0]
+    write_run(run, [4.0, 3.0])
+    assert trial.finding().verdict == NOT_RUN
+    run._end('failed', 'why')
+    monkeypatch.setattr(Training, '_launch', lambda *stage: None)
+    run.start()
+    assert trial.finding().verdict == NOT_RUN
 
 
 def test_a_training_of_other_code_says_nothing(trial):

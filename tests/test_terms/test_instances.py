@@ -712,7 +712,9 @@ def test_a_head_that_assigns_nothing(build, monkeypatch):
         monkeypatch.delattr(
             type(model.bbox_head).__mro__[1], 'get_targets', raising=True
         )
-    with pytest.raises(ValueError, match='no get_targets that needs.*Set class_w'):
+    with pytest.raises(
+        ValueError, match='no get_targets that needs.*Set class_w'
+    ):
         x.bind(model, model.teachers)
     InstanceTerm('big', class_weight=0.0, box_weight=0.0).bind(
         model, model.teachers
