@@ -12,18 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmkd.structures.ground_truth import labelled
 from mmkd.structures.nested import join, leaves, pick
 from mmkd.taps import Call, Record, recording
 from mmkd.teachers import run_detector
 
 #: The detector's own loss of a batch.
 Loss = Callable[[Tensor, list], Mapping[str, Any]]
-
-
-def labelled(sample: Any) -> bool:
-    """Whether an image was annotated, be it with no object at all."""
-    instances = sample.get('gt_instances')
-    return instances is not None and 'bboxes' in instances
 
 
 def labelled_first(

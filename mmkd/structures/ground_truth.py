@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from mmengine.structures import InstanceData
@@ -114,6 +115,12 @@ class GroundTruth:
             ignored=torch.cat(list(ignored)),
             ignored_image=_owners(ignored),
         )
+
+
+def labelled(sample: Any) -> bool:
+    """Whether an image was annotated, be it with no object at all."""
+    instances = sample.get('gt_instances')
+    return instances is not None and 'bboxes' in instances
 
 
 def _flatten(

@@ -16,6 +16,7 @@ from mmkd.ops.masks import valid_mask
 from mmkd.ops.numeric import as_float, full_precision
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Outputs, Step
+from mmkd.structures.ground_truth import labelled
 from mmkd.taps import maps_of
 from mmkd.terms.decoding import trim
 from mmkd.terms.term import Term
@@ -343,10 +344,9 @@ class Instances(NamedTuple):
 def most_boxes(gt: GroundTruth) -> int:
     """Boxes of the image that has most, known without asking the device."""
     counts = [1]  # no tensor is empty
-    for sample in gt.samples:
-        given = sample.get('gt_instances')
-        if given is not None and 'bboxes' in given:
-            counts.append(len(given.bboxes))
+    counts += [
+        len(one.gt_instances.bboxes) for one in gt.samples if labelled(one)
+    ]
     return max(counts)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from mmkd.checks import check_fraction
 from mmkd.registry import MODELS
 from mmkd.structures import Step
+from mmkd.structures.ground_truth import labelled
 from mmkd.structures.nested import pick
 from mmkd.taps import maps_of
 from mmkd.teachers import fed
@@ -129,7 +130,7 @@ class LearnedMaskTerm(FeatureTerm):
         samples = list(step.samples)
         if self.sham:  # it was shown the next image of the batch
             samples = [*samples[1:], *samples[:1]]
-        known = [index for index, one in enumerate(samples) if _annotated(one)]
+        known = [index for index, one in enumerate(samples) if labelled(one)]
         images, maps = step.images, tuple(maps)
         if len(known) < len(samples):
             images, maps = pick((images, maps), known)
@@ -137,11 +138,6 @@ class LearnedMaskTerm(FeatureTerm):
         with fed(shown.detector, maps), _learning(shown.detector):
             losses = shown.detector.loss(images, samples)
         return detection_loss(losses), overlap
-
-
-def _annotated(sample: Any) -> bool:
-    instances = sample.get('gt_instances')
-    return instances is not None and 'bboxes' in instances
 
 
 @contextmanager

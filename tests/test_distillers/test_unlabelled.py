@@ -6,8 +6,9 @@ import tiny
 import torch
 from mmengine.structures import InstanceData
 
-from mmkd.distillers.unlabelled import labelled, labelled_first
+from mmkd.distillers.unlabelled import labelled_first
 from mmkd.losses.pkd import pkd_loss
+from mmkd.structures.ground_truth import labelled
 from mmkd.taps import recording
 
 SHAPES = ((128, 128), (96, 128), (128, 112), (120, 120))
