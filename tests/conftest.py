@@ -2,11 +2,23 @@ import mmkd  # noqa: F401, I001 - before mmdet, whose operators it brings
 import pytest
 import tiny
 import torch
+from mmengine.logging import MessageHub
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def hub():
+    """The message hub of a run that begins with the test and ends with it.
+
+    Nothing of where another training stands is left in it.
+    """
+    MessageHub._instance_dict.clear()
+    yield MessageHub.get_instance('a run')
+    MessageHub._instance_dict.clear()
 
 
 @pytest.fixture(scope='session')

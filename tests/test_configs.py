@@ -17,7 +17,6 @@ import torch
 import yaml
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 
@@ -378,25 +377,19 @@ def test_learns_for_two_steps_and_loads_in_the_plain_student(weights, path):
     [path for path in PATHS if 'mmkd.SelfTerm' in path.read_text()],
     ids=lambda path: path.stem,
 )
-def test_a_student_that_teaches_itself_learns_from_the_second_step(path):
+def test_a_student_that_teaches_itself_learns_from_the_second_step(path, hub):
     init_default_scope('mmdet')
     config = config_of(path)
     student = built(without_downloads(config.model))
     optimiser = build_optim_wrapper(student, config.optim_wrapper)
-    hub = MessageHub.get_current_instance()
-    before = dict(hub.runtime_info)
     hub.update_info('max_iters', 4)
     hub.update_info('iter', 1)
-    try:
-        student.train_step(small_batch(config.model, seed=0), optimiser)
-        hub.update_info('iter', 2)
-        data = student.data_preprocessor(
-            small_batch(config.model, seed=1), training=True
-        )
-        losses = student.loss(data['inputs'], data['data_samples'])
-    finally:
-        hub.runtime_info.clear()
-        hub.runtime_info.update(before)
+    student.train_step(small_batch(config.model, seed=0), optimiser)
+    hub.update_info('iter', 2)
+    data = student.data_preprocessor(
+        small_batch(config.model, seed=1), training=True
+    )
+    losses = student.loss(data['inputs'], data['data_samples'])
     assert all(value > 0 for value in shares(losses).values())
     assert_backbone_learns_from(losses, student)
     plain = without_downloads(base_of(path).model)

@@ -245,23 +245,27 @@ def parts_of(losses: dict, method: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope='module', autouse=True)
 def training():
-    """Where the training is, and what PAA takes from scikit-learn."""
+    """What PAA takes from scikit-learn."""
     from mmdet.models.dense_heads import paa_head
 
     torch.set_num_threads(1)  # before the first test
-    hub = MessageHub.get_current_instance()
-    before = {key: hub.get_info(key) for key in ('iter', 'epoch')}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             paa_head, 'skm', SimpleNamespace(GaussianMixture=families.Mixture)
         )
-        for key in before:
-            hub.update_info(key, 0)
         yield
-    for key, value in before.items():
-        hub.pop_info(key)
-        if value is not None:
-            hub.update_info(key, value)
+
+
+def begin(hub):
+    """Heads ask how far the training is."""
+    for key in ('iter', 'epoch'):
+        hub.update_info(key, 0)
+
+
+@pytest.fixture(autouse=True)
+def hub(hub):
+    begin(hub)
+    return hub
 
 
 @pytest.fixture(
@@ -272,6 +276,7 @@ def training():
     ],
 )
 def tried(request, tmp_path_factory):
+    begin(MessageHub.get_current_instance())  # before any test's own
     row = ROWS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     return attempt(row, folder, list(RECIPES))

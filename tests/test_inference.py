@@ -9,7 +9,6 @@ import tiny
 import torch
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 
 quick_starts = runs.quick_starts
@@ -84,15 +83,6 @@ def configs(folder):
         files[name] = str(folder / f'{name}.py')
         config.dump(files[name])
     return files
-
-
-@pytest.fixture(autouse=True, scope='module')
-def no_traces():
-    """The runs of this file leave no iteration behind for other tests."""
-    before = dict(MessageHub._instance_dict)
-    yield
-    MessageHub._instance_dict.clear()
-    MessageHub._instance_dict.update(before)
 
 
 def pictures(folder):

@@ -152,7 +152,6 @@ def test_without_touching_its_weights_the_run_would_fail(runs):
 @pytest.fixture
 def alone(tmp_path):
     """A distributed run of one process, as torchrun starts on one GPU."""
-    instances = dict(MessageHub._instance_dict)
     distributed.init_process_group(
         'gloo',
         init_method=f'file://{tmp_path / "meet"}',
@@ -161,8 +160,6 @@ def alone(tmp_path):
     )
     yield
     distributed.destroy_process_group()
-    MessageHub._instance_dict.clear()
-    MessageHub._instance_dict.update(instances)
 
 
 def test_a_distributed_run_of_one_process_is_one_too(alone, teacher_file):

@@ -3,21 +3,10 @@
 import pytest
 import tiny
 import torch
-from mmengine.logging import MessageHub
 from torch import nn
 
 from mmkd.distillers.distiller import distilling, flatten, position
 from mmkd.registry import MODELS
-
-
-@pytest.fixture
-def hub():
-    """A message hub as a run keeps it, gone afterwards."""
-    before = dict(MessageHub._instance_dict)
-    MessageHub._instance_dict.clear()
-    yield MessageHub.get_instance('a run')
-    MessageHub._instance_dict.clear()
-    MessageHub._instance_dict.update(before)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import torch
 from mmdet.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 from torch import nn
 
@@ -18,15 +17,6 @@ data = runs.data
 quick_starts = runs.quick_starts
 
 EPOCHS = 3
-
-
-@pytest.fixture(autouse=True, scope='module')
-def no_traces():
-    """The runs of this file leave no iteration behind for other tests."""
-    before = dict(MessageHub._instance_dict)
-    yield
-    MessageHub._instance_dict.clear()
-    MessageHub._instance_dict.update(before)
 
 
 def yolox(widen: float = 0.125) -> ConfigDict:

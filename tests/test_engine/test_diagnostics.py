@@ -4,7 +4,6 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from mmengine.logging import MessageHub
 
 from mmkd.engine.diagnostics import FILE, DiagnosticsHook
 from mmkd.terms.balanced import detection_loss
@@ -29,8 +28,7 @@ def build(tmp_path):
         model.init_weights()
         return model.train()
 
-    yield build
-    MessageHub.get_current_instance().update_info('iter', 0)
+    return build
 
 
 class Visualizer:

@@ -3,7 +3,6 @@ import copy
 import pytest
 import tiny
 import torch
-from mmengine.logging import MessageHub
 
 from mmkd.losses.mimic import mimic_loss
 from mmkd.structures import Step
@@ -216,8 +215,7 @@ def model(tmp_path):
         tiny.distilled(tiny.retinanet(), dict(big=big), dict(recipe=group))
     )
     model.init_weights()
-    yield model.train()
-    MessageHub.get_current_instance().update_info('iter', 0)
+    return model.train()
 
 
 def test_in_a_detector_each_term_gets_its_share(model):

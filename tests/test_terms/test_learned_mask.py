@@ -5,7 +5,6 @@ import pytest
 import tiny
 import torch
 from mmdet.models.dense_heads import RetinaHead
-from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData
 
 from mmkd.structures import GroundTruth
@@ -15,17 +14,14 @@ MASKD = dict(type='mmkd.MasKDLoss', channels=16, loss_weight=2.0)
 
 
 @pytest.fixture
-def at():
+def at(hub):
     """Puts the training at an iteration of a hundred."""
-    hub = MessageHub.get_current_instance()
 
     def at(iteration):
         hub.update_info('iter', iteration)
         hub.update_info('max_iters', 100)
 
-    yield at
-    for name in ('iter', 'max_iters'):
-        hub.pop_info(name)
+    return at
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ import copy
 import pytest
 import tiny
 import torch
-from mmengine.logging import MessageHub
 
 from mmkd.losses.mimic import mimic_loss
 from mmkd.terms.self_teaching import plain_copy
@@ -14,16 +13,11 @@ MIMIC = dict(
 
 
 @pytest.fixture
-def hub():
+def hub(hub):
     """Says which iteration it is."""
-    before = dict(MessageHub._instance_dict)
-    MessageHub._instance_dict.clear()
-    hub = MessageHub.get_instance('a run')
     hub.update_info('max_iters', 100)
     hub.update_info('iter', 0)
-    yield hub
-    MessageHub._instance_dict.clear()
-    MessageHub._instance_dict.update(before)
+    return hub
 
 
 def build(teachers=None, terms=None, **settings):
