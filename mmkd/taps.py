@@ -8,6 +8,7 @@ its state dict and its compiled form know nothing of the taps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -253,4 +254,58 @@ def maps_of(
     raise ValueError(
         f'{who} needs a tap that returns feature maps, got {kinds}. A head '
         f'returns several lists of maps: choose one with output=0.'
+    )
+
+
+def pick_levels(
+    maps: tuple[Tensor, ...], levels: Sequence[int] | None, who: str
+) -> tuple[Tensor, ...]:
+    """Some of a tap's maps.
+
+    Args:
+        maps: All of them.
+        levels: Which, 0 is the finest; all if None.
+        who: Named in the message.
+
+    Raises:
+        ValueError: If there are not so many.
+    """
+    if levels is None:
+        return maps
+    beyond = [level for level in levels if not 0 <= level < len(maps)]
+    if beyond:
+        raise ValueError(
+            f'{who} returns {len(maps)} maps, levels 0 to '
+            f'{len(maps) - 1}; levels={tuple(levels)} asks for {beyond[0]}.'
+        )
+    return tuple(maps[level] for level in levels)
+
+
+def crop(
+    maps: Sequence[Tensor],
+    shown: tuple[int, int] | None,
+    size: Sequence[int],
+) -> tuple[Tensor, ...]:
+    """Drop the cells over a border that only the teacher was shown.
+
+    Args:
+        maps: A teacher's, (…, H, W) each.
+        shown: Height and width of the images it was shown; of the size below
+            if None.
+        size: Of the images that the student sees.
+
+    Example:
+        >>> import torch
+        >>> crop((torch.zeros(1, 1, 4, 4),), (64, 64), (64, 48))[0].shape
+        torch.Size([1, 1, 4, 3])
+    """
+    if shown is None or tuple(shown) == tuple(size):
+        return tuple(maps)
+    return tuple(
+        one[
+            ...,
+            : math.ceil(one.shape[-2] * size[0] / shown[0]),
+            : math.ceil(one.shape[-1] * size[1] / shown[1]),
+        ]
+        for one in maps
     )

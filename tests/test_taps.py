@@ -3,7 +3,7 @@ import tiny
 import torch
 from torch import nn
 
-from mmkd.taps import maps_of, recording, resolve
+from mmkd.taps import crop, maps_of, pick_levels, recording, resolve
 
 
 class Block(nn.Module):
@@ -367,3 +367,33 @@ def test_an_output_beyond_the_last_is_an_error():
 def test_what_holds_no_maps_is_an_error():
     with pytest.raises(ValueError, match='got dict'):
         maps_of(dict(a=ONE), 'The tap')
+
+
+@pytest.mark.parametrize(
+    ('levels', 'expected'),
+    [(None, 'abc'), ((0, 2), 'ac'), ([2, 0], 'ca')],
+)
+def test_levels_are_picked_in_their_order(levels, expected):
+    assert ''.join(pick_levels(tuple('abc'), levels, 'It')) == expected
+
+
+@pytest.mark.parametrize('level', [3, -1])
+def test_a_level_beyond_the_last_is_an_error(level):
+    with pytest.raises(ValueError, match=rf'It .* 0 to 2; .* for {level}\.'):
+        pick_levels(tuple('abc'), (0, level), 'It')
+
+
+@pytest.mark.parametrize('size', [(64, 64), (60, 33), (33, 60), (1, 64)])
+def test_cells_beyond_the_students_border_are_dropped(size):
+    """A convolution of stride 32 covers a border of less than a cell."""
+    for stride in (8, 16, 32):
+        every = torch.arange(64 // stride).float()
+        whole = every[:, None] + every / 100
+        (found,) = crop([whole], (64, 64), size)
+        rows, columns = (-(-side // stride) for side in size)
+        torch.testing.assert_close(found, whole[:rows, :columns])
+
+
+def test_maps_of_the_students_own_size_stay_whole():
+    for shown in (None, (5, 7)):
+        assert crop([ONE], shown, (5, 7))[0] is ONE

@@ -16,7 +16,7 @@ from mmkd.checks import check_name
 from mmkd.configs import read_config, student_config
 from mmkd.registry import DETECTORS, MODELS
 from mmkd.structures import Step
-from mmkd.taps import maps_of, recording
+from mmkd.taps import maps_of, pick_levels, recording
 from mmkd.teachers import fed, run_detector, without_init
 from mmkd.terms.group import GroupTerm
 
@@ -134,11 +134,9 @@ class AssistantTerm(GroupTerm):
         return {**parts, **self.said(step, factors)}
 
     def _maps(self, step: Step) -> tuple[Tensor, ...]:
-        maps = maps_of(
-            step.student.at(self.tapped), f'The tap {self.tapped!r}'
-        )
-        if self.levels is not None:
-            maps = tuple(maps[level] for level in self.levels)
+        who = f'The tap {self.tapped!r}'
+        maps = maps_of(step.student.at(self.tapped), who)
+        maps = pick_levels(maps, self.levels, who)
         return maps if self.align is None else self.align(maps)
 
     def _own(self, losses: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from mmkd.build import build
 from mmkd.checks import check_name
 from mmkd.registry import MODELS
 from mmkd.structures import Step
-from mmkd.taps import maps_of, resolve
+from mmkd.taps import crop, maps_of, resolve
 from mmkd.terms.assignment import (
     assigned_labels,
     check_assigns,
@@ -22,10 +22,8 @@ from mmkd.terms.decoding import (
     check_decodable,
     decode,
     giou_error,
-    trim,
 )
 from mmkd.terms.term import Term
-from mmkd.terms.weights.disagreement import DisagreementWeight
 
 if TYPE_CHECKING:
     from mmkd.teachers import Teacher
@@ -93,7 +91,7 @@ class BoxTerm(Term):
         return not self.loss_weight
 
     def compares_classes(self) -> bool:
-        return isinstance(self.weight, DisagreementWeight)
+        return self.weight.needs_classes
 
     def bind(
         self, student: nn.Module, teachers: Mapping[str, Teacher]
@@ -119,9 +117,10 @@ class BoxTerm(Term):
         other, _ = resolve(shown.detector, self.teacher_head)
         student = decode(own, _maps(step.student.at(self.head)))
         teacher = decode(other, _maps(shown.at(self.teacher_head)))
+        teacher = crop(teacher, shown.size, step.images.shape[-2:])
         loss = count = 0.0
         for one, like, weight in zip(student, teacher, self.weight(step)):
-            error = giou_error(one, trim(like, one).detach())
+            error = giou_error(one, like.detach(), axis=2)
             weight = weight.expand_as(error)
             loss = loss + (weight * error).sum()
             count = count + weight.sum()

@@ -15,10 +15,9 @@ from mmkd.checks import check_channels, check_name, check_positive
 from mmkd.ops.masks import valid_mask
 from mmkd.ops.numeric import as_float, full_precision
 from mmkd.registry import MODELS
-from mmkd.structures import GroundTruth, Outputs, Step
+from mmkd.structures import GroundTruth, Step
 from mmkd.structures.ground_truth import labelled
-from mmkd.taps import maps_of
-from mmkd.terms.decoding import trim
+from mmkd.taps import crop, maps_of, pick_levels
 from mmkd.terms.term import Term
 
 if TYPE_CHECKING:
@@ -237,34 +236,36 @@ class InstanceConditionalTerm(Term):
         samples = [*step.samples[1:], *step.samples[:1]]
         return GroundTruth.from_samples(samples, step.images)
 
-    def _maps(self, step: Step) -> tuple[list[Tensor], list[Tensor]]:
+    def _maps(
+        self, step: Step
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Maps of both sides, of the same sizes, the teacher's detached."""
         shown = step.teacher(self.teacher)
-        student = _pick(step.student, self.path, self.levels)
-        teacher = _pick(shown, self.path, self.teacher_levels)
-        who = type(self).__name__
-        for one in student:
-            check_channels(f'{who}, by in_channels,', one, self.in_channels)
-        for one in teacher:
-            check_channels(f'{who}, by channels,', one, self.channels)
-        # Without the border that only the teacher was shown.
-        size = step.images.shape[-2:]
-        border = shown.size or size
-        own = [tuple(one.shape[-2:]) for one in student]
-        other = [
-            tuple(
-                -(-cells * part // whole)  # rounded up
-                for cells, part, whole in zip(one.shape[-2:], size, border)
+        who = f'The tap {self.path!r}'
+        student, teacher = (
+            pick_levels(maps_of(one.at(self.path), who), levels, who)
+            for one, levels in (
+                (step.student, self.levels),
+                (shown, self.teacher_levels),
             )
-            for one in teacher
-        ]
+        )
+        name = type(self).__name__
+        for one in student:
+            check_channels(f'{name}, by in_channels,', one, self.in_channels)
+        for one in teacher:
+            check_channels(f'{name}, by channels,', one, self.channels)
+        teacher = crop(teacher, shown.size, step.images.shape[-2:])
+        own, other = (
+            [tuple(one.shape[-2:]) for one in maps]
+            for maps in (student, teacher)
+        )
         if own != other:
             raise ValueError(
-                f'{who} compares maps of one size, got student {own} and '
+                f'{name} compares maps of one size, got student {own} and '
                 f'teacher {other}. Pair levels of one stride with levels= '
                 f'and teacher_levels=.'
             )
-        return student, [trim(b, a).detach() for a, b in zip(student, teacher)]
+        return student, tuple(one.detach() for one in teacher)
 
 
 class Decoder(nn.Module):
@@ -518,21 +519,6 @@ def _layers(*widths: int) -> nn.Sequential:
     for before, after in pairwise(widths):
         layers += [nn.ReLU(), nn.Linear(before, after)]
     return nn.Sequential(*layers[1:])
-
-
-def _pick(
-    outputs: Outputs, path: str, levels: Sequence[int] | None
-) -> list[Tensor]:
-    maps = maps_of(outputs.at(path), f'The tap {path!r}')
-    if levels is None:
-        return list(maps)
-    if not all(0 <= level < len(maps) for level in levels):
-        raise ValueError(
-            f'{path!r} returns {len(maps)} maps, levels 0 to '
-            f'{len(maps) - 1}; InstanceConditionalTerm asks for '
-            f'{tuple(levels)}.'
-        )
-    return [maps[level] for level in levels]
 
 
 def _check_classes(student: nn.Module, count: int) -> None:

@@ -21,13 +21,13 @@ from mmkd.ops.numeric import as_float, standardise
 from mmkd.ops.scores import class_samples
 from mmkd.registry import MODELS
 from mmkd.structures import Step
-from mmkd.taps import maps_of, resolve
+from mmkd.taps import crop, maps_of, resolve
 from mmkd.terms.assignment import (
     assigned_labels,
     check_assigns,
     count_positives,
 )
-from mmkd.terms.decoding import decode, giou_error, trim
+from mmkd.terms.decoding import decode, giou_error
 from mmkd.terms.term import Term
 from mmkd.terms.weights.positive import best, spread
 
@@ -183,9 +183,10 @@ class CrossHeadTerm(Term):
         shown = step.teacher(self.teacher)
         head = getattr(shown.detector, self.head)
         crossed = _levels(self._crossed(step, head))
+        size = step.images.shape[-2:]
         given = [
-            tuple(trim(one, like[0]) for one in level)
-            for level, like in zip(_levels(shown.at(self.head)), crossed)
+            crop(level, shown.size, size)
+            for level in _levels(shown.at(self.head))
         ]
         labels = assigned_labels(step, self.head)
         own = getattr(step.student.detector, self.head)
@@ -272,7 +273,7 @@ class CrossHeadTerm(Term):
             decode(head, [x[1] for x in group]) for group in (crossed, given)
         )
         loss = sum(
-            (weight * giou_error(*pair)).sum()
+            (weight * giou_error(*pair, axis=2)).sum()
             for weight, *pair in zip(trust, *boxes)
         )
         return loss / positive

@@ -49,20 +49,6 @@ def check_decodable(who: str, head: nn.Module, side: str) -> None:
         )
 
 
-def trim(teacher: Tensor, student: Tensor) -> Tensor:
-    """A teacher's map without the cells of a border that only it was shown.
-
-    Args:
-        teacher: (…, H', W').
-        student: Map of the same level, (…, H, W), no larger.
-
-    Returns:
-        (…, H, W) of the teacher's.
-    """
-    rows, columns = student.shape[-2:]
-    return teacher[..., :rows, :columns]
-
-
 def decode(head: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
     """Boxes that a dense head predicts, in pixels of its input.
 
@@ -88,16 +74,20 @@ def decode(head: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def giou_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """One minus the GIoU of boxes, anchor by anchor.
+def giou_error(student: Tensor, teacher: Tensor, axis: int = -1) -> Tensor:
+    """One minus the GIoU of boxes, one by one.
+
+    A box that is turned inside out, as RTMDet's negative distances may make
+    it, counts as one without extent.
 
     Args:
-        student, teacher: As :func:`decode` returns them, (N, A, 4, H, W).
+        student, teacher: Corners x1 y1 x2 y2, of one shape.
+        axis: Which of the axes holds the four.
 
     Returns:
-        (N, A, H, W), in [0, 2].
+        In [0, 2], of that shape without the axis.
     """
-    boxes = [_upright(one) for one in (student, teacher)]
+    boxes = [_upright(one.movedim(axis, -1)) for one in (student, teacher)]
     shape = boxes[0].shape[:-1]
     boxes = [one.reshape(-1, 4) for one in boxes]
     # Torchvision's loss selects by a mask, which waits for the device.
@@ -105,12 +95,7 @@ def giou_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _upright(boxes: Tensor) -> Tensor:
-    """(N, A, 4, H, W) as (N, A, H, W, 4), no side below 0.
-
-    RTMDet's distances may be negative, and a box that is turned inside out has
-    no GIoU.
-    """
-    low, high = boxes.movedim(2, -1).chunk(2, -1)
+    low, high = boxes.chunk(2, -1)
     return torch.cat([low, torch.maximum(low, high)], -1)
 
 

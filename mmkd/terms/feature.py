@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from mmkd.build import build, find
 from mmkd.checks import check_name
 from mmkd.registry import MODELS
 from mmkd.structures import Outputs, Step
-from mmkd.taps import maps_of
+from mmkd.taps import crop, maps_of, pick_levels
 from mmkd.terms.term import Term
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ class FeatureTerm(Term):
                 for path in paths
             )
             for paths in (self.taps, self.teacher_taps)
-        ) or getattr(self.weight, 'needs_classes', False)
+        ) or (self.weight is not None and self.weight.needs_classes)
 
     def forward(self, step: Step) -> Tensor | dict[str, Tensor]:
         student, teacher = self.maps(step)
@@ -211,15 +210,7 @@ def _pick(
         for path in paths
         for one in maps_of(outputs.at(path), f'The tap {path!r}', output)
     )
-    if levels is None:
-        return maps
-    beyond = [level for level in levels if not level < len(maps)]
-    if beyond:
-        raise ValueError(
-            f'{_list(paths)} returns {len(maps)} maps, levels 0 to '
-            f'{len(maps) - 1}; levels={levels} asks for {beyond[0]}.'
-        )
-    return tuple(maps[level] for level in levels)
+    return pick_levels(maps, levels, _list(paths))
 
 
 def _indices(
@@ -246,30 +237,6 @@ def _check_pairing(
             f'levels={levels} and teacher_levels={teacher_levels} must pair '
             f'one to one; got {len(levels)} and {len(teacher_levels)}.'
         )
-
-
-def crop(
-    maps: tuple[Tensor, ...],
-    shown: tuple[int, int] | None,
-    size: Sequence[int],
-) -> tuple[Tensor, ...]:
-    """Drop the cells over a border that only the teacher was shown.
-
-    Example:
-        >>> import torch
-        >>> crop((torch.zeros(1, 1, 4, 4),), (64, 64), (64, 48))[0].shape
-        torch.Size([1, 1, 4, 3])
-    """
-    if shown is None or tuple(shown) == tuple(size):
-        return maps
-    return tuple(
-        one[
-            ...,
-            : math.ceil(one.shape[-2] * size[0] / shown[0]),
-            : math.ceil(one.shape[-1] * size[1] / shown[1]),
-        ]
-        for one in maps
-    )
 
 
 def _build_align(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from mmdet.models.dense_heads import (
 from mmdet.models.losses import L1Loss, SmoothL1Loss
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss, roi_align
+from torchvision.ops import roi_align
 
 from mmkd.build import build
 from mmkd.checks import (
@@ -30,12 +30,12 @@ from mmkd.ops.numeric import as_float, full_precision
 from mmkd.ops.scores import bernoulli_divergence
 from mmkd.registry import MODELS
 from mmkd.structures import Outputs, Step
-from mmkd.taps import maps_of, resolve
+from mmkd.taps import crop, maps_of, resolve
 from mmkd.terms.decoding import (
     anchors_of,
     check_decodable,
     decode,
-    trim,
+    giou_error,
 )
 from mmkd.terms.term import Term
 from mmkd.terms.weights.positive import by_level, spread
@@ -194,8 +194,16 @@ class InstanceTerm(Term):
         shown = step.teacher(self.teacher)
         own, _ = resolve(step.student.detector, self.head)
         other, _ = resolve(shown.detector, self.head)
-        student = _outputs(step.student.at(self.head))
-        teacher = _outputs(shown.at(self.head), like=student)
+        who = f'The tap {self.head!r}'
+        student, teacher = (
+            [maps_of(one.at(self.head), who, output) for output in (0, 1)]
+            for one in (step.student, shown)
+        )
+        size = step.images.shape[-2:]
+        teacher = [
+            [one.detach() for one in crop(maps, shown.size, size)]
+            for maps in teacher
+        ]
         decoded = decode(own, student[1]), decode(other, teacher[1])
         classes = own.cls_out_channels
         # Else the probabilities of every anchor would be kept for backward.
@@ -227,7 +235,7 @@ class InstanceTerm(Term):
             error = F.l1_loss(*offsets, reduction='sum')
         else:
             corners = (_rows(side, places) for side in decoded)
-            error = generalized_box_iou_loss(*corners, reduction='sum')
+            error = giou_error(*corners).sum()
         parts['box'] = self.box_weight * error / count
         return parts
 
@@ -512,24 +520,6 @@ def _offsets(own: nn.Module, other: nn.Module) -> bool:
 
 
 # Heads -----------------------------------------------------------------------
-
-
-def _outputs(
-    outputs: Any, like: Sequence[Sequence[Tensor]] | None = None
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Scores and boxes of a head; of a teacher, of the student's cells.
-
-    A teacher's images may have a wider border.
-    """
-    scores, boxes = (
-        maps_of(outputs, 'InstanceTerm', output) for output in (0, 1)
-    )
-    if like is None:
-        return scores, boxes
-    return tuple(
-        [trim(*pair).detach() for pair in zip(maps, like[0])]
-        for maps in (scores, boxes)
-    )
 
 
 def _check_alike(own: nn.Module, other: nn.Module) -> None:

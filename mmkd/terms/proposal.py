@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
+from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
 from mmkd.build import build
@@ -16,6 +16,7 @@ from mmkd.ops.numeric import as_float, zero_of
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Outputs, Step
 from mmkd.taps import maps_of
+from mmkd.terms.decoding import giou_error
 from mmkd.terms.term import Term
 
 if TYPE_CHECKING:
@@ -340,8 +341,7 @@ class ProposalTerm(SecondStageTerm):
                 decode(head, rois, one, labels)
                 for head, one in zip(self.pair(step), deltas)
             )
-            # Torchvision's loss selects by a mask, which waits for the device.
-            error = 1 - bbox_overlaps(*boxes, mode='giou', is_aligned=True)
+            error = giou_error(*boxes)
             share = error.sum() / max(len(rois), 1) + zero_of(deltas[0])
             shares['box'] = self.box_weight * share
         return shares

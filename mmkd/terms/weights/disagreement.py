@@ -13,8 +13,7 @@ from mmkd.ops.masks import equal_weight
 from mmkd.ops.numeric import as_float
 from mmkd.registry import MODELS
 from mmkd.structures import Step
-from mmkd.taps import maps_of, resolve
-from mmkd.terms.decoding import trim
+from mmkd.taps import crop, maps_of, resolve
 from mmkd.terms.term import Term
 from mmkd.terms.weights.score import refuse_softmax
 from mmkd.terms.weights.weight import Weight
@@ -45,6 +44,8 @@ class DisagreementWeight(Weight):
         weigh their box distillation so (read: the authors' head).
     """
 
+    needs_classes = True
+
     def __init__(self, tap: str = 'bbox_head', power: float = 1.0) -> None:
         super().__init__()
         check_positive('DisagreementWeight', power=power)
@@ -65,13 +66,13 @@ class DisagreementWeight(Weight):
     @torch.no_grad()
     def forward(self, step: Step) -> Sequence[Tensor]:
         who = f'The tap {self.tap!r}'
+        shown = step.teacher(self.teacher)
         own, other = (
-            maps_of(shown.at(self.tap), who, 0)
-            for shown in (step.student, step.teacher(self.teacher))
+            maps_of(one.at(self.tap), who, 0) for one in (step.student, shown)
         )
+        other = crop(other, shown.size, step.images.shape[-2:])
         return [
-            equal_weight(step.gt, one)
-            * self._largest(one, trim(like, one)) ** self.power
+            equal_weight(step.gt, one) * self._largest(one, like) ** self.power
             for one, like in zip(own, other)
         ]
 

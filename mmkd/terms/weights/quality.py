@@ -14,9 +14,8 @@ from mmkd.ops.masks import CHUNK, valid_mask
 from mmkd.ops.numeric import as_float
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Step
-from mmkd.taps import maps_of, resolve
+from mmkd.taps import crop, maps_of, resolve
 from mmkd.terms.decoding import anchors_of, check_decodable, decode
-from mmkd.terms.feature import crop
 from mmkd.terms.term import Term
 from mmkd.terms.weights.score import refuse_softmax
 from mmkd.terms.weights.weight import Weight

@@ -12,8 +12,7 @@ from mmkd.checks import check_name, check_positive
 from mmkd.ops.numeric import as_float
 from mmkd.registry import MODELS
 from mmkd.structures import Step
-from mmkd.taps import maps_of, resolve
-from mmkd.terms.feature import crop
+from mmkd.taps import crop, maps_of, resolve
 from mmkd.terms.term import Term
 from mmkd.terms.weights.weight import Weight
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -20,9 +20,14 @@ class Weight(nn.Module, ABC):
 
     A subclass notes in :meth:`bind` what it reads and gives its maps in
     :meth:`forward`. They are no path for gradients.
+
+    Attributes:
+        needs_classes: Whether it takes classes of the teacher for those of
+            the student, so that they must be the same.
     """
 
     teacher: str
+    needs_classes: ClassVar[bool] = False
 
     @abstractmethod
     def bind(self, term: Term, student: nn.Module, teacher: Teacher) -> None:

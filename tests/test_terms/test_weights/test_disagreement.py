@@ -7,12 +7,15 @@ from mmkd.structures import GroundTruth
 from mmkd.terms.weights.disagreement import DisagreementWeight
 
 
-def weight_of(own, other, classes, gt=None, **settings):
+def weight_of(own, other, classes, gt=None, shown=(16, 16), **settings):
     weight = DisagreementWeight(**settings)
     weight.teacher, weight.classes = 'big', classes
     step = SimpleNamespace(
         student=SimpleNamespace(at=lambda path: (own, 'boxes')),
-        teacher=lambda name: SimpleNamespace(at=lambda path: (other, 'boxes')),
+        teacher=lambda name: SimpleNamespace(
+            at=lambda path: (other, 'boxes'), size=shown
+        ),
+        images=torch.zeros(1, 3, 16, 16),
         gt=gt,
     )
     return weight(step)
@@ -46,7 +49,7 @@ def test_a_border_does_not_count_on_either_side():
     gt = GroundTruth.from_boxes(
         [torch.zeros(0, 4)], shape=(16, 16), image_shapes=[(8, 16)]
     )
-    (found,) = weight_of([own], [other], classes=1, gt=gt)
+    (found,) = weight_of([own], [other], classes=1, gt=gt, shown=(24, 24))
     assert found.shape == (1, 1, 2, 2)
     assert found[0, 0, 0].all()
     assert not found[0, 0, 1].any()
