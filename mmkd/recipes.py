@@ -101,25 +101,34 @@ class Pair:
                 convolution is needed where the two differ in number.
             **more: Further arguments of the term.
         """
-        own = [level.channels[0] for level in self.levels]
-        other = [level.channels[1] for level in self.levels]
-        term = dict(
+        return dict(
             type='mmkd.FeatureTerm',
             teacher=self.teacher,
             tap=self.tap,
+            **self.paired(),
+            loss=dict(loss),
+            **{**(self.align() if adapt else {}), **more},
+        )
+
+    def paired(self) -> dict:
+        """The argument of a term that says which levels are compared."""
+        return dict(
             levels=tuple(level.student for level in self.levels),
             teacher_levels=tuple(level.teacher for level in self.levels),
-            loss=dict(loss),
-            **more,
         )
-        if adapt and own != other:
-            term.setdefault(
-                'align',
-                dict(
-                    type='mmkd.ConvAdapt', in_channels=own, out_channels=other
-                ),
-            )
-        return term
+
+    def align(self) -> dict:
+        """The argument of a term that makes the student's maps as wide.
+
+        Empty where they are.
+        """
+        own, other = (
+            [level.channels[side] for level in self.levels] for side in (0, 1)
+        )
+        if own == other:
+            return {}
+        neck = dict(type='mmkd.ConvAdapt', in_channels=own, out_channels=other)
+        return dict(align=neck)
 
     def scores(self, loss: Mapping, **more: Any) -> dict:
         """A term over the class scores of the two heads.
@@ -539,26 +548,30 @@ def crosskd(pair: Pair) -> Terms:
 @_method
 def maskd(pair: Pair) -> Terms:
     loss = dict(type='mmkd.MasKDLoss', channels=pair.channels, loss_weight=7.0)
-    return dict(maskd=_masked('maskd', pair, loss))
+    return dict(maskd=_learned('maskd', pair, loss))
 
 
 @_method
 def freekd(pair: Pair) -> Terms:
     loss = dict(type='mmkd.FreeKDLoss', channels=pair.channels)
     feature = pair.term(dict(type='mmkd.MimicLoss', loss_weight=5.0))
-    return dict(freekd=_masked('freekd', pair, loss), feature=feature)
+    return dict(freekd=_learned('freekd', pair, loss), feature=feature)
 
 
-def _masked(method: str, pair: Pair, loss: Mapping) -> dict:
+def _learned(method: str, pair: Pair, loss: Mapping) -> dict:
     if pair.tap != 'neck':
         raise ValueError(
             f"{method} learns its masks by the loss of the teacher's heads on "
             f"its neck's maps, but one of the two has no neck. Choose another "
             f'method, for instance pkd.'
         )
-    term = pair.term(loss)
-    del term['tap']
-    return dict(term, type='mmkd.LearnedMaskTerm')
+    return dict(
+        type='mmkd.LearnedMaskTerm',
+        teacher=pair.teacher,
+        **pair.paired(),
+        loss=dict(loss),
+        **pair.align(),
+    )
 
 
 @_method
@@ -571,10 +584,8 @@ def gid(pair: Pair) -> Terms:
             'heads of the same strides, anchors and classes with a sigmoid '
             'each. Choose a method on features, for instance pkd.'
         )
-    term = pair.term(dict())
-    align = {'align': term['align']} if 'align' in term else {}
-    gid = dict(type='mmkd.InstanceTerm', teacher=pair.teacher, **align)
-    return dict(gid=gid)
+    term = dict(type='mmkd.InstanceTerm', teacher=pair.teacher, **pair.align())
+    return dict(gid=term)
 
 
 @_method
