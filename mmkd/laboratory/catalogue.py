@@ -36,8 +36,6 @@ SECONDS = 60.0
 TIMEOUT = 15.0
 #: Keys of the log that are a term's share of the loss.
 SHARE = 'loss_kd_'
-#: Groups whose teacher learns along, so that the distance to it may grow.
-MOVING = {'mmkd.SelfTerm'}
 
 NOT_RUN, PASSED, FAILED = 'not run', 'passed', 'FAILED'
 
@@ -239,9 +237,6 @@ class Trial:
         self.name = path.stem
         model = read_config(path).model
         self.terms = shares(model.terms)
-        self.moving = [
-            name for name, one in model.terms.items() if one.type in MOVING
-        ]
         self._teachers = {
             Path(one.config): Path(one.checkpoint)
             for one in model.teachers.values()
@@ -284,7 +279,7 @@ class Trial:
         ]
         problems = ['a training stopped early' for run in runs if run.failed]
         for outcome in outcomes:
-            problems += outcome.problems(self.terms, self.moving)
+            problems += outcome.problems(self.terms)
         return Finding(
             self.path,
             outcomes,
@@ -395,14 +390,11 @@ class Outcome:
         }
         return cls(quarters, finite, seconds)
 
-    def problems(
-        self, terms: Iterable[str], moving: Iterable[str] = ()
-    ) -> list[str]:
+    def problems(self, terms: Iterable[str]) -> list[str]:
         """What is not as it should be.
 
         Args:
             terms: Names that must be in the log, or begin one that is.
-            moving: Beginnings of names whose values need not fall.
         """
         found = [] if self.finite else ['a number is not finite']
         found += [
@@ -414,7 +406,6 @@ class Outcome:
             f'{name} does not fall'
             for name, (first, last) in self.shares.items()
             if not last < first
-            and not any(_begins(name, one) for one in moving)
         ]
         if self.seconds >= SECONDS:
             found.append(f'longer than {SECONDS:.0f} s')
@@ -481,8 +472,7 @@ ResNet-18 of an eighth of the width learns from one twice as wide, for
 160 steps of 8 generated pictures of 96 pixels, on one thread of a CPU. What is
 checked is that the method does its work, not that it helps: every term is
 logged and finite, the mean of its last quarter is below that of its first in
-every seed (unless the teacher is the student's own average, which moves as
-well), and a training takes less than a minute of processor time, start
+every seed, and a training takes less than a minute of processor time, start
 and end included. Nothing here is to be read as a comparison of methods; for
 that there is [the laboratory](laboratory.md).
 

@@ -30,7 +30,7 @@ class LearnedMaskTerm(FeatureTerm):
     ``reveal``: what its masks leave of the teacher's map, and how much they
     overlap. In the first part of the training the masks learn by
 
-    .. math:: L_{teacher}(reveal(T)) + \sum_l overlap_l
+    .. math:: \lambda \, L_{teacher}(reveal(T)) + \mu \sum_l overlap_l
 
     the teacher's own detection loss, its layers frozen, for the images of the
     step. Meanwhile the student learns under the masks as they are; after it
@@ -46,13 +46,14 @@ class LearnedMaskTerm(FeatureTerm):
         align: Config of the neck that makes the student's maps comparable;
             none if None.
         learn_until: Progress of the training up to which the masks learn.
-        task_weight: Factor of ``task``, the teacher's loss.
-        overlap_weight: Factor of ``overlap``.
+        task_weight: Factor λ of the teacher's loss.
+        overlap_weight: Factor μ of the overlap.
         schedule: Factor over the training; constant 1 if None.
 
     Returns:
-        The loss's share, as ``feature`` or by its parts, ``task`` and
-        ``overlap``; the last two are 0 once all is learned.
+        The loss's share, as ``feature`` or by its parts, and ``masks``, by
+        which the masks learn, 0 once they have. The teacher's loss and the
+        overlap are watched each; while masks part, the former may rise.
 
     Raises:
         ValueError: If the loss learns no masks.
@@ -110,13 +111,15 @@ class LearnedMaskTerm(FeatureTerm):
     def forward(self, step: Step) -> dict[str, Tensor]:
         share = super().forward(step)
         parts = share if isinstance(share, dict) else dict(feature=share)
-        zero = step.images.new_zeros(())
-        parts.update(task=zero, overlap=zero)
+        parts['masks'] = step.images.new_zeros(())
         # While the model is checked there are no losses and no weights.
         if step.losses and step.progress < self.learn_until:
             task, overlap = self._learn(step)
-            parts['task'] = self.task_weight * task
-            parts['overlap'] = self.overlap_weight * overlap
+            parts['masks'] = (
+                self.task_weight * task + self.overlap_weight * overlap
+            )
+            parts['watch_task'] = task.detach()
+            parts['watch_overlap'] = overlap.detach()
         return parts
 
     def _learn(self, step: Step) -> tuple[Tensor, Tensor]:

@@ -143,20 +143,6 @@ def test_what_does_not_fall_is_a_problem(last):
     assert found == ['at does not fall']
 
 
-def test_the_distance_to_a_teacher_that_moves_may_grow():
-    found = outcome(own_pkd=(1.0, 2.0), owner=(1.0, 2.0))
-    assert found.problems([], ['own']) == ['owner does not fall']
-
-
-def test_a_group_that_teaches_itself_has_such_a_teacher(root):
-    name = 'configs/self-teaching/tiny/self-teaching_tiny.py'
-    (root / name).parent.mkdir(parents=True)
-    shutil.copyfile(ROOT / name, root / name)
-    assert Trial(root / name, root, [0]).moving == ['past']
-    (path, _) = tiny_configs(root)
-    assert Trial(path, root, [0]).moving == []
-
-
 def test_a_minute_is_too_long():
     found = outcome(SECONDS, at=(2.0, 1.0)).problems(['at'])
     assert found == ['longer than 60 s']

@@ -51,7 +51,7 @@ def build(tmp_path):
 def shares(student, images, samples):
     losses = student.loss(images, samples)
     return {
-        name.removeprefix('loss_kd_x_'): value
+        name.removeprefix('loss_').removeprefix('kd_x_'): value
         for name, value in losses.items()
         if 'kd_x' in name
     }
@@ -79,9 +79,11 @@ def test_the_task_is_the_teachers_loss_on_what_is_revealed(build, kind):
     images, samples = tiny.batch(boxes=5)
     task, overlap = task_of(student, images, samples)
     found = shares(student, images, samples)
-    assert found.keys() == {'feature', 'task', 'overlap'}
-    torch.testing.assert_close(found['task'], 0.5 * task)
-    torch.testing.assert_close(found['overlap'], 3 * overlap)
+    assert found.keys() == {'feature', 'masks', 'task', 'overlap'}
+    torch.testing.assert_close(found['masks'], 0.5 * task + 3 * overlap)
+    torch.testing.assert_close(found['task'], task)
+    torch.testing.assert_close(found['overlap'], overlap)
+    assert not found['task'].requires_grad
     assert task > 0
 
 
@@ -107,7 +109,7 @@ def test_masks_learn_of_the_teacher_and_the_student_of_the_masks(build):
     found = shares(student, *tiny.batch())
     masks = list(student.terms['x'].losses.parameters())
     plain = [one for n, one in student.named_parameters() if 'terms' not in n]
-    (found['task'] + found['overlap']).backward(retain_graph=True)
+    found['masks'].backward(retain_graph=True)
     assert all(one.grad.abs().sum() > 0 for one in masks)
     assert all(one.grad is None for one in plain)
     student.zero_grad()
@@ -122,11 +124,12 @@ def test_after_its_time_nothing_is_learned_and_no_head_runs(build, at):
     student = build()
     big = student.teachers['big'].detector
     at(9)
-    assert shares(student, *tiny.batch())['task'] > 0
+    assert shares(student, *tiny.batch())['masks'] > 0
     at(10)
     big.bbox_head = None
     found = shares(student, *tiny.batch())
-    assert found['task'] == found['overlap'] == 0
+    assert found.keys() == {'feature', 'masks'}
+    assert found['masks'] == 0
     assert found['feature'] > 0
     sum(found.values()).backward()
     masks = student.terms['x'].losses.parameters()
@@ -136,9 +139,9 @@ def test_after_its_time_nothing_is_learned_and_no_head_runs(build, at):
 def test_a_schedule_ends_it_as_a_whole(build, at):
     student = build(schedule=dict(type='mmkd.StopAfter', fraction=0.05))
     at(4)
-    assert 'task' in shares(student, *tiny.batch())
+    assert 'masks' in shares(student, *tiny.batch())
     at(5)
-    assert shares(student, *tiny.batch()) == {'loss_kd_x': 0}
+    assert shares(student, *tiny.batch()) == {'kd_x': 0}
 
 
 def test_building_it_asks_the_teacher_for_no_loss(build, monkeypatch):
@@ -156,7 +159,7 @@ def test_the_teacher_is_left_as_it_was(build):
     big = student.teachers['big'].detector
     before = copy.deepcopy(big.state_dict())
     found = shares(student, *tiny.batch())
-    sum(found.values()).backward()
+    (found['feature'] + found['masks']).backward()
     assert not any(one.training for one in big.modules())
     assert 'extract_feat' not in big.__dict__
     after = big.state_dict()
@@ -246,7 +249,7 @@ def test_tokens_that_learn_lower_the_teachers_loss_and_part(build):
     for _ in range(40):
         learn.zero_grad()
         found = shares(student, images, samples)
-        (found['task'] + found['overlap']).backward()
+        found['masks'].backward()
         learn.step()
     assert found['task'] < 0.9 * first['task']
     assert found['overlap'] < 0.95 * first['overlap']

@@ -12,7 +12,7 @@ model = dict(
             teacher='big',
             levels=(0, 1),
             loss=dict(type='mmkd.FreeKDLoss', channels=32, scales=2),
-            learn_until=0.25,
+            learn_until=1.0,
         ),
     ),
 )

@@ -12,7 +12,7 @@ model = dict(
             teacher='big',
             levels=(0, 1, 2),
             loss=dict(type='mmkd.MasKDLoss', channels=32),
-            learn_until=0.25,
+            learn_until=1.0,
         ),
     ),
 )

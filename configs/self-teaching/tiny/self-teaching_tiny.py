@@ -1,4 +1,7 @@
-"""Self: a tiny GFL learns from the average of its past."""
+"""Self: a tiny GFL learns from the average of its past.
+
+Its learning rate falls to 0, so that the average can catch up.
+"""
 
 _base_ = '../../_base_/tiny/gfl.py'
 
@@ -20,3 +23,14 @@ model = dict(
         ),
     ),
 )
+
+param_scheduler = [
+    *_base_.param_scheduler,
+    dict(
+        type='CosineAnnealingLR',
+        T_max=_base_.iterations - 10,
+        by_epoch=False,
+        begin=10,
+        end=_base_.iterations,
+    ),
+]
