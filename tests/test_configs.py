@@ -262,6 +262,26 @@ def test_zoo_has_the_weights_of_teachers_and_all_results(path):
 # Two steps -------------------------------------------------------------------
 
 
+@pytest.fixture(scope='module', autouse=True)
+def cheap_weights():
+    """Layers begin with numbers of one draw: drawing took half of the time."""
+    drawn = 2 * torch.rand(2**22, generator=torch.manual_seed(0)) - 1
+
+    def begin(layer):
+        with torch.no_grad():
+            flat = layer.weight.view(-1)
+            for part in flat.split(len(drawn)):
+                part.copy_(drawn[: len(part)])
+            flat /= layer.weight[0].numel() ** 0.5
+            if layer.bias is not None:
+                layer.bias.zero_()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (torch.nn.modules.conv._ConvNd, torch.nn.Linear):
+            patch.setattr(kind, 'reset_parameters', begin)
+        yield
+
+
 @pytest.fixture(scope='module')
 def weights(request, tmp_path_factory):
     """Random weights of teachers, by config, while theirs are tested."""
