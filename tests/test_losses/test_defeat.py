@@ -147,6 +147,12 @@ def test_a_long_box_counts_by_its_area():
     # Side of the square of the same area: 128.
     boxes = torch.tensor([[0.0, 0, 64, 256], [0, 0, 256, 64]])
     assert assign_by_size(boxes, 32, 5).tolist() == [2, 2]
+    assert assign_by_size(boxes + 1000, 32, 5).tolist() == [2, 2]
+
+
+def test_a_box_inside_out_is_as_small_as_can_be():
+    turned = torch.tensor([[0.0, 0, -64, 256], [900, 900, 0, 0]])
+    assert assign_by_size(turned, 32, 5).tolist() == [0, 0]
 
 
 def test_half_precision_does_not_overflow():

@@ -273,6 +273,15 @@ def test_a_coarse_map_may_be_rounded_either_way(cells):
     assert FGFILoss(config)(feature, feature, gt).item() == 0
 
 
+@pytest.mark.parametrize('cells', [5, 7])
+def test_a_cell_too_few_or_too_many_is_another_stride(cells):
+    config = dict(scales=[4], ratios=[1.0], strides=[128])
+    feature = torch.zeros(1, 2, cells, cells)
+    gt = one_box(0, 0, 90, 90, shape=(768, 768))
+    with pytest.raises(ValueError, match='stride'):
+        FGFILoss(config)(feature, feature, gt)
+
+
 def test_missing_ground_truth_is_named(maps):
     with pytest.raises(ValueError, match=r'FGFILoss .* gt=None'):
         FGFILoss(MANY)(*maps)

@@ -126,3 +126,6 @@ def test_other_channels_are_refused():
     x = torch.zeros(1, 6, 2, 2)
     with pytest.raises(ValueError, match=r'multiple of 4; got 6.*output=1'):
         edge_divergence(x, x)
+    x = torch.zeros(1, 12, 2, 2)
+    with pytest.raises(ValueError, match=r'multiple of 8; got 12'):
+        edge_divergence(x, x, anchors=2)
