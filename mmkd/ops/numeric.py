@@ -50,6 +50,19 @@ def zero_of(feature: Tensor) -> Tensor:
     return as_float(feature.flatten()[:0]).sum()
 
 
+def one_hot(index: Tensor, count: int) -> Tensor:
+    """1 at each index, in a last dimension of its own.
+
+    Unlike torch's it never asks the device.
+
+    Example:
+        >>> one_hot(torch.tensor([2, 0]), 3).tolist()
+        [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    """
+    known = torch.arange(count, device=index.device)
+    return (index[..., None] == known).float()
+
+
 def standardise(feature: Tensor, eps: float) -> Tensor:
     """Zero mean, unit deviation per channel, (N, C, H, W) → same.
 

@@ -27,6 +27,8 @@ class GroundTruth:
         ids: The data set's identifier of each image, None where it has none.
         samples: mmdet's own samples, for what is not laid out here (masks,
             flips, paths).
+        counts: Boxes of each image, known without asking the device; counted
+            there if None.
     """
 
     boxes: Tensor
@@ -38,10 +40,47 @@ class GroundTruth:
     ignored_image: Tensor
     ids: tuple[int | str | None, ...] = ()
     samples: tuple = ()
+    counts: tuple[int, ...] | None = None
 
     @property
     def num_images(self) -> int:
         return len(self.image_shapes)
+
+    @property
+    def most(self) -> int:
+        """Boxes of the image that has most, at least 1."""
+        counts = self.counts
+        if counts is None:
+            counts = self.image.bincount(minlength=1).tolist()
+        return max(1, *counts)
+
+    @property
+    def place(self) -> Tensor:
+        """How many boxes of the same image stand before each, (M,)."""
+        return (self.image[:, None] == self.image).tril(-1).sum(1)
+
+    @property
+    def image_sizes(self) -> Tensor:
+        """Width and height of each image before padding, (N, 2)."""
+        sizes = [(width, height) for height, width in self.image_shapes]
+        return torch.tensor(sizes, device=self.boxes.device)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Image by image what is said of each box, (M, …) → (N, most, …).
+
+        Zero where an image has fewer boxes.
+
+        Example:
+            >>> gt = GroundTruth.from_boxes(
+            ...     [torch.zeros(1, 4), torch.zeros(2, 4)], shape=(8, 8)
+            ... )
+            >>> gt.spread(torch.tensor([1, 2, 3])).tolist()
+            [[1, 0], [2, 3]]
+        """
+        shape = self.num_images, self.most, *values.shape[1:]
+        found = values.new_zeros(shape)
+        found[self.image, self.place] = values
+        return found
 
     @classmethod
     def from_samples(cls, samples: Sequence, images: Tensor) -> GroundTruth:
@@ -52,10 +91,10 @@ class GroundTruth:
             images: The padded batch, (N, 3, H, W): gives size and device.
         """
         shape = tuple(images.shape[-2:])
-        boxes, labels, image = _flatten(
+        boxes, labels, image, counts = _flatten(
             [sample.get('gt_instances') for sample in samples], images
         )
-        ignored, _, ignored_image = _flatten(
+        ignored, _, ignored_image, _ = _flatten(
             [sample.get('ignored_instances') for sample in samples], images
         )
         return cls(
@@ -71,6 +110,7 @@ class GroundTruth:
             ignored_image=ignored_image,
             ids=tuple(sample.metainfo.get('img_id') for sample in samples),
             samples=tuple(samples),
+            counts=counts,
         )
 
     @classmethod
@@ -114,6 +154,7 @@ class GroundTruth:
             image_shapes=tuple(image_shapes or [tuple(shape)] * len(boxes)),
             ignored=torch.cat(list(ignored)),
             ignored_image=_owners(ignored),
+            counts=tuple(len(one) for one in boxes),
         )
 
 
@@ -125,7 +166,7 @@ def labelled(sample: Any) -> bool:
 
 def _flatten(
     instances: Sequence[InstanceData | None], images: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     nothing = images.new_zeros(0, 4, dtype=torch.float32)
     boxes, labels = [nothing], [nothing.new_zeros(0, dtype=torch.long)]
     for one in instances:
@@ -138,7 +179,8 @@ def _flatten(
             if known
             else labels[0].new_zeros(len(here))
         )
-    return torch.cat(boxes), torch.cat(labels), _owners(boxes[1:])
+    counts = tuple(len(one) for one in boxes[1:])
+    return torch.cat(boxes), torch.cat(labels), _owners(boxes[1:]), counts
 
 
 def _owners(boxes: Sequence[Tensor]) -> Tensor:

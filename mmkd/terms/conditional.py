@@ -11,12 +11,16 @@ import torch.nn.functional as F
 from mmdet.models.layers import SinePositionalEncoding
 from torch import Tensor, nn
 
-from mmkd.checks import check_channels, check_name, check_positive
+from mmkd.checks import (
+    check_channels,
+    check_classes,
+    check_name,
+    check_positive,
+)
 from mmkd.ops.masks import valid_mask
-from mmkd.ops.numeric import as_float, full_precision
+from mmkd.ops.numeric import as_float, full_precision, one_hot
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Step
-from mmkd.structures.ground_truth import labelled
 from mmkd.taps import crop, maps_of, pick_levels
 from mmkd.terms.term import Term
 
@@ -156,7 +160,7 @@ class InstanceConditionalTerm(Term):
         teachers[self.teacher].tap(self.path)
         self.teacher_names = [self.teacher]
         self.sham = teachers[self.teacher].sham
-        _check_classes(student, self.num_classes)
+        check_classes(type(self).__name__, student, self.num_classes)
 
     def silent(self) -> bool:
         return self.loss_weight == 0
@@ -179,7 +183,7 @@ class InstanceConditionalTerm(Term):
             for one in teacher
         ]
         asked = ~torch.cat([one.flatten(1) for one in border], 1)  # N, S
-        most = most_boxes(gt)
+        most = gt.most
         found = instances(gt, most, self.negatives, self.limit)
         told, sides = self._tell(found, gt)
         query, key, value, answer = self.decoder(
@@ -220,7 +224,7 @@ class InstanceConditionalTerm(Term):
         extent = high - low
         shift = self.jitter * (2 * torch.rand_like(extent) - 1)
         point = (low + high) / 2 + shift * extent
-        pixels = extent * sizes_of(gt).to(extent)[:, None]
+        pixels = extent * gt.image_sizes.to(extent)[:, None]
         octave = pixels.log2().floor().clamp(5, 4 + OCTAVES) - 5
         told = [
             one_hot(found.labels, self.num_classes),
@@ -342,21 +346,6 @@ class Instances(NamedTuple):
     there: Tensor
 
 
-def most_boxes(gt: GroundTruth) -> int:
-    """Boxes of the image that has most, known without asking the device."""
-    counts = [1]  # no tensor is empty
-    counts += [
-        len(one.gt_instances.bboxes) for one in gt.samples if labelled(one)
-    ]
-    return max(counts)
-
-
-def sizes_of(gt: GroundTruth) -> Tensor:
-    """Width and height of each image in pixels, (N, 2)."""
-    sizes = [(width, height) for height, width in gt.image_shapes]
-    return torch.tensor(sizes, device=gt.boxes.device)
-
-
 def instances(
     gt: GroundTruth, most: int, negatives: int, limit: int
 ) -> Instances:
@@ -387,7 +376,7 @@ def instances(
     shape = gt.num_images, count
     image = gt.image
     boxes = as_float(gt.boxes)
-    boxes = boxes / sizes_of(gt).to(boxes).repeat(1, 2)[image]
+    boxes = boxes / gt.image_sizes.to(boxes).repeat(1, 2)[image]
     # One more row, which is drawn where there is no other.
     half = F.pad((boxes[:, 2:] - boxes[:, :2]) / 2, (0, 0, 0, 1))
     drawn = torch.randint(max(1, len(boxes)), shape, device=image.device)
@@ -396,8 +385,7 @@ def instances(
     everything = torch.cat([middle - half, middle + half], 2).clamp(0, 1)
     labels = F.pad(gt.labels, (0, 1))[drawn]
     real = torch.zeros_like(labels, dtype=torch.bool)
-    # How many boxes of the same image stand before each.
-    place = (image[:, None] == image).tril(-1).sum(1)
+    place = gt.place
     everything[image, place] = boxes
     labels[image, place] = gt.labels
     real[image, place] = True
@@ -405,12 +393,6 @@ def instances(
     total = torch.minimum(own * (1 + negatives), own.clamp(min=limit))
     there = torch.arange(count, device=image.device) < total
     return Instances(labels, everything, real, there)
-
-
-def one_hot(index: Tensor, count: int) -> Tensor:
-    """1 at each index, in a last dimension of its own."""
-    known = torch.arange(count, device=index.device)
-    return (index[..., None] == known).float()
 
 
 def waves(share: Tensor) -> Tensor:
@@ -519,19 +501,3 @@ def _layers(*widths: int) -> nn.Sequential:
     for before, after in pairwise(widths):
         layers += [nn.ReLU(), nn.Linear(before, after)]
     return nn.Sequential(*layers[1:])
-
-
-def _check_classes(student: nn.Module, count: int) -> None:
-    """They must be as many as a head of the student tells apart."""
-    known = {
-        one.num_classes
-        for name, part in student.named_children()
-        if 'head' in name
-        for one in part.modules()
-        if hasattr(one, 'num_classes')
-    }
-    if known and count not in known:
-        raise ValueError(
-            f'InstanceConditionalTerm is told of {count} classes, the '
-            f'student of {max(known)}. Set num_classes={max(known)} in it.'
-        )

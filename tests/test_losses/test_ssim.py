@@ -308,3 +308,16 @@ def test_another_batch_of_ground_truth_is_refused(maps):
     student, teacher = maps
     with pytest.raises(ValueError, match='has 1, gt has 2'):
         SSIMLoss()(student[:1], teacher[:1], padded())
+
+
+def test_where_no_cell_counts_nothing_is_lost(maps):
+    student, teacher = maps
+    mask = torch.zeros_like(student[:, :1])
+    assert ssim_loss(student, teacher, gaussian_window(3), mask=mask) == 0
+
+
+def test_a_window_may_be_a_single_cell(maps):
+    """Nothing varies in it: only luminance is left."""
+    one = SSIMLoss(window_size=1)(*maps)
+    other = SSIMLoss(window_size=1, exponents=(1.0, 0.0, 0.0))(*maps)
+    torch.testing.assert_close(one, other)

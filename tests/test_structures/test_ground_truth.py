@@ -115,3 +115,35 @@ def test_from_boxes_fills_what_is_not_given():
     assert gt.labels.tolist() == [0, 0, 0]
     assert gt.image_shapes == ((64, 96), (64, 96))
     assert len(gt.ignored) == 0
+
+
+def test_boxes_are_spread_over_their_images(gt):
+    assert gt.counts == (2, 0, 1)
+    assert gt.most == 2
+    assert gt.place.tolist() == [0, 1, 0]
+    assert gt.spread(gt.labels).tolist() == [[2, 0], [0, 0], [1, 0]]
+    spread = gt.spread(gt.boxes)
+    assert torch.equal(spread[0], FIRST)
+    assert torch.equal(spread[2, :1], THIRD)
+    assert not spread[1].any()
+
+
+def test_boxes_in_another_order_stand_in_that_order():
+    gt = GroundTruth(
+        boxes=torch.zeros(4, 4),
+        labels=torch.tensor([5, 6, 7, 8]),
+        image=torch.tensor([1, 0, 1, 1]),
+        shape=(8, 8),
+        image_shapes=((8, 8), (4, 8)),
+        ignored=torch.zeros(0, 4),
+        ignored_image=torch.zeros(0, dtype=torch.long),
+    )
+    assert gt.most == 3  # counted
+    assert gt.spread(gt.labels).tolist() == [[6, 0, 0], [5, 7, 8]]
+    assert gt.image_sizes.tolist() == [[8, 8], [8, 4]]
+
+
+def test_there_is_always_a_place():
+    gt = GroundTruth.from_boxes([torch.zeros(0, 4)] * 2, shape=(8, 8))
+    assert gt.most == 1
+    assert gt.spread(gt.labels).tolist() == [[0], [0]]

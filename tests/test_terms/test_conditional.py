@@ -18,7 +18,6 @@ from mmkd.terms.conditional import (
     class_error,
     conditional_distance,
     instances,
-    most_boxes,
     waves,
 )
 
@@ -421,12 +420,6 @@ def test_real_instances_stand_first_as_shares_of_their_own_image():
             )
         assert found.real[n].sum() == len(rows)
         assert found.real[n, : len(rows)].all()
-
-
-def test_places_are_as_many_as_the_fullest_image_needs():
-    assert most_boxes(ground_truth(*BOXES, [])) == 3
-    assert most_boxes(ground_truth([], BOXES[1])) == 1
-    assert most_boxes(ground_truth([])) == 1
 
 
 @pytest.mark.parametrize(
