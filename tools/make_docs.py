@@ -92,8 +92,8 @@ KINDS = (
 FAMILIES = {
     'feature': (
         'maps of backbone or neck as a whole',
-        *('at', 'cwd', 'foundation', 'freekd', 'mimic', 'pkd', 'reviewkd'),
-        'ssim',
+        *('at', 'cwd', 'foundation', 'freekd', 'lgd', 'mimic', 'pkd'),
+        *('reviewkd', 'ssim'),
     ),
     'focal region': (
         'maps where objects are, or where the teacher looks',
@@ -132,6 +132,7 @@ TOLD_BY = {
     'gid': 'InstanceTerm',
     'head': 'AssistantTerm',
     'icd': 'InstanceConditionalTerm',
+    'lgd': 'LabelGuidedTerm',
     'mask-kd': 'MaskTerm',
     'rpn-kd': 'SoftTargetLoss',
     'self-teaching': 'SelfTerm',
@@ -914,6 +915,10 @@ def methods_page(rows: list[Row]) -> str:
         '\n'.join(table),
         'Without a published config of their own:',
         '\n'.join(parts),
+        'Not here: LAD ([arXiv:2108.10520](https://arxiv.org/abs/2108.10520)) '
+        "replaces the student's label assignment by the teacher's, and so the "
+        "student's own loss, which mmkd adds terms to and never changes. "
+        'MMDetection has it, for PAA, as its detector `LAD`.',
     ]
     return '\n\n'.join(page) + '\n'
 
