@@ -5,7 +5,9 @@ Each class of ``mmkd.losses`` in the registry is visited. Its attribute
 cells, stride 8.
 """
 
+import copy
 import inspect
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -241,6 +243,102 @@ def test_state_dict_holds_all_that_was_learnt(kind):
         rtol=0,
         atol=0,
     )
+
+
+# What a loss promises unless its docstring says that it does not -------------
+
+
+def not_kept(kind):
+    """Promises under ``Not kept`` of a loss's docstring."""
+    text = inspect.cleandoc(kind.__doc__)
+    section = re.search(r'^Not kept:\n((?:    .*\n?)+)', text, re.MULTILINE)
+    if section is None:
+        return set()
+    return set(re.findall(r'^    (\w+): \S', section[1], re.MULTILINE))
+
+
+def keeps(kind, promise, one, other):
+    """Whether two values are equal, against what the loss declares."""
+    holds = (one - other).abs() <= 1e-5 * (one.abs() + 1)
+    if promise in not_kept(kind):
+        assert not holds, (
+            f'{kind.__name__} keeps {promise!r}: take it out of "Not kept" in '
+            f'its docstring.'
+        )
+    else:
+        assert holds, (
+            f'{kind.__name__} does not keep {promise!r}, {one:.6g} against '
+            f'{other:.6g}. Mend it, or say why under "Not kept" in its '
+            f'docstring.'
+        )
+
+
+def alone(gt, index):
+    """The ground truth of one image of the batch."""
+    own, ignored = gt.image == index, gt.ignored_image == index
+    return GroundTruth.from_boxes(
+        [gt.boxes[own]],
+        shape=gt.shape,
+        labels=[gt.labels[own]],
+        image_shapes=[gt.image_shapes[index]],
+        ignored=[gt.ignored[ignored]],
+    )
+
+
+def test_what_is_not_kept_is_a_promise(kind):
+    assert not_kept(kind) <= {'equality', 'batch', 'border'}
+
+
+def test_equal_maps_cost_nothing(kind):
+    student, gt = maps(kind), ground_truth()
+    value = total(run(build(kind).eval(), student, student, gt))
+    keeps(kind, 'equality', value, torch.tensor(0.0))
+
+
+def test_a_batch_is_the_mean_of_its_images(kind):
+    loss, student, teacher = build(kind).eval(), maps(kind), maps(kind)
+    gt = ground_truth()
+    singles = [
+        run(
+            loss,
+            apply(student, lambda one: one[index : index + 1]),  # noqa: B023
+            apply(teacher, lambda one: one[index : index + 1]),  # noqa: B023
+            alone(gt, index),
+        )
+        for index in range(IMAGES)
+    ]
+    mean = sum(total(one) for one in singles) / IMAGES
+    keeps(kind, 'batch', total(run(loss, student, teacher, gt)), mean)
+
+
+def test_the_padded_border_does_not_count(kind):
+    loss, student, teacher = build(kind).eval(), maps(kind), maps(kind)
+    gt = ground_truth()
+    before = total(run(loss, student, teacher, gt))
+
+    def changed(one):
+        one, width = one.clone(), one.shape[-1] * 96 // SIDE
+        one[1, ..., width:] += 3 * torch.randn_like(one[1, ..., width:])
+        return one
+
+    student, teacher = apply(student, changed), apply(teacher, changed)
+    after = total(run(loss, student, teacher, gt))
+    keeps(kind, 'border', after, before)
+
+
+def test_one_seed_gives_one_value_and_gradient(kind):
+    loss, gt = build(kind), ground_truth()
+    state = copy.deepcopy(loss.state_dict())
+    student, teacher = maps(kind), maps(kind)
+    found = []
+    for _ in range(2):
+        loss.load_state_dict(state)
+        one = learning(student)
+        value = total(run(loss, one, teacher, gt))
+        value.backward()
+        found.append([value, *(x.grad for x in each(one))])
+    for one, other in zip(*found):
+        assert torch.equal(one, other)
 
 
 def test_what_the_teacher_says_counts(kind):

@@ -45,7 +45,8 @@ CARDS = Path('docs') / 'method_cards.md'
 METHODS = Path('docs') / 'methods.md'
 INDEX = Path('model-index.yml')
 MARKERS = ('<!-- methods:begin -->', '<!-- methods:end -->')
-SECTIONS = ('Args', 'Attributes', 'Returns', 'Raises', 'Reference', 'Example')
+SECTIONS = ('Args', 'Attributes', 'Returns', 'Raises', 'Not kept')
+SECTIONS += ('Reference', 'Example')
 
 #: Heading, package or module, and what stands below the heading.
 KINDS = (
@@ -86,6 +87,9 @@ KINDS = (
     ),
     ('Detectors', 'mmkd.detectors', 'Students that deploy more than one.'),
 )
+
+#: What a section is called on a card.
+TITLES = {'Not kept': 'Not kept of what losses promise'}
 
 #: What the methods of a family compare; each is a folder of configs, or the
 #: title of a method that has none of its own.
@@ -590,10 +594,10 @@ def _class_parts(component: type, method: Method) -> list[str]:
 
 def _section_parts(docstring: Docstring) -> list[str]:
     parts = []
-    for name in ('Returns', 'Reference'):
+    for name in ('Returns', 'Not kept', 'Reference'):
         if name in docstring.sections:
             text = markdown(docstring.sections[name])
-            parts.append(f'{name}: {text}')
+            parts.append(f'{TITLES.get(name, name)}: {text}')
     return parts
 
 

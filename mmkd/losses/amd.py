@@ -67,6 +67,10 @@ class AMDLoss(nn.Module):
             MGD's for one-stage detectors.
         reduction: Divides the channels inside E.
 
+    Not kept:
+        equality: What is generated from a part of the map is compared.
+        border: Generation and error see the whole map, as published.
+
     Reference:
         Yang et al., "AMD: Adaptive Masked Distillation for Object Detection",
         arXiv:2301.13538. Its abstract and second-hand descriptions were read,

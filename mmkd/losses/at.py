@@ -63,6 +63,9 @@ class ATLoss(nn.Module):
     Raises:
         ValueError: If ``exponent`` is below 1, where the derivative at 0 is
             infinite.
+
+    Not kept:
+        border: The norm of a map is that of all its cells, as published.
     """
 
     example: ClassVar[dict] = dict()

@@ -83,6 +83,9 @@ class BCKDClassLoss(nn.Module):
     Raises:
         ValueError: If a setting or the maps do not fit.
 
+    Not kept:
+        batch: The sum is divided by what counts in the whole batch.
+
     Reference:
         Yang et al., "Bridging Cross-task Protocol Inconsistency for
         Distillation in Dense Object Detection", ICCV 2023, arXiv:2308.14286.

@@ -114,6 +114,9 @@ class CCKDLoss(nn.Module):
     Raises:
         ValueError: If the kernel is unknown or a setting is not positive.
 
+    Not kept:
+        batch: Objects of all images are related to each other.
+
     Reference:
         Peng et al., "Correlation Congruence for Knowledge Distillation",
         ICCV 2019, arXiv:1904.01802. Its abstract and reimplementations for

@@ -72,6 +72,9 @@ class CWDLoss(nn.Module):
     Settings in use, all with temperature 1: MMRazor's FPN levels take weight
     10; PaddleDetection takes 5 on class logits and neck; MMYOLO's RTMDet
     takes 1 with ``normalise=True`` on three levels.
+
+    Not kept:
+        border: A channel's softmax runs over all cells, as published.
     """
 
     example: ClassVar[dict] = dict()

@@ -69,6 +69,9 @@ class DeFeatLoss(nn.Module):
     Returns:
         ``foreground`` and ``background``.
 
+    Not kept:
+        batch: Means are those over the cells of the whole batch.
+
     Reference:
         Guo et al., "Distilling Object Detectors via Decoupled Features", CVPR
         2021, arXiv:2103.14475, weights and normalisation as in the authors'

@@ -141,6 +141,9 @@ class DISTLoss(nn.Module):
     Raises:
         ValueError: If a setting is unknown or maps do not fit.
 
+    Not kept:
+        batch: Correlations run over the samples of the whole batch.
+
     Reference:
         Huang et al., "Knowledge Distillation from A Stronger Teacher",
         NeurIPS 2022, arXiv:2205.10536. Read: the abstract, the authors'

@@ -92,6 +92,9 @@ class DKDLoss(nn.Module):
     Raises:
         ValueError: If a setting or the maps do not fit.
 
+    Not kept:
+        batch: The mean is that over the samples of the whole batch.
+
     Reference:
         Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022,
         arXiv:2203.08679. Read: the authors' loss and their detectors

@@ -41,6 +41,10 @@ class DMKDLoss(nn.Module):
         channel_ratio: Share of the channels that are hidden from
             :math:`G_c`.
 
+    Not kept:
+        equality: What is generated from a part of the map is compared.
+        border: Generation and error see the whole map, as published.
+
     Reference:
         Yang et al., "DMKD: Improving Feature-based Knowledge Distillation for
         Object Detection Via Dual Masking Augmentation", ICASSP 2024,

@@ -123,6 +123,11 @@ class FBKDLoss(nn.Module):
         ValueError: If ``pool_stride`` or ``reduction`` has no entry for the
             level.
 
+    Not kept:
+        equality: The student's map passes a convolution of its own.
+        batch: The norm is that of the whole batch.
+        border: Attention and relations span the map, as published.
+
     Reference:
         Zhang and Ma, "Improve Object Detection with Feature-based Knowledge
         Distillation: Towards Accurate and Efficient Detectors", ICLR 2021,

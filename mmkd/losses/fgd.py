@@ -54,6 +54,9 @@ class FGDLoss(nn.Module):
         ``foreground``, ``background``, ``attention``, ``relation``, computed
         in float32.
 
+    Not kept:
+        border: Attention and context see all cells, as published.
+
     Reference:
         Yang et al., "Focal and Global Knowledge Distillation for Detectors",
         CVPR 2022, arXiv:2111.11837. The authors' masks are stretched where an

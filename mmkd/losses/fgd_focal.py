@@ -103,6 +103,9 @@ class FGDFocalLoss(nn.Module):
         keep_ignored: Let cells in ignored boxes count, likewise.
         loss_weight: Factor of all parts.
 
+    Not kept:
+        border: Attention is that over all cells, as published.
+
     Reference:
         As :func:`fgd_focal_loss`.
     """

@@ -77,6 +77,9 @@ class FGDGlobalLoss(nn.Module):
     Raises:
         ValueError: If there are fewer than two channels.
 
+    Not kept:
+        border: The context is that of all cells, as published.
+
     Reference:
         Yang et al., "Focal and Global Knowledge Distillation for Detectors",
         CVPR 2022, arXiv:2111.11837. The block: Cao et al., "GCNet: Non-local

@@ -124,6 +124,9 @@ class FGFILoss(nn.Module):
         ValueError: If the generator has no such level, or the map another
             stride than the anchors.
 
+    Not kept:
+        batch: The sum is divided by the marked cells of the whole batch.
+
     Reference:
         As :func:`fgfi_loss`.
     """

@@ -45,6 +45,10 @@ class FreeKDLoss(nn.Module):
         loss_weight: Outer factor w. Published: 1, beside a mean squared error
             of weight 5.
 
+    Not kept:
+        batch: The sum is divided by what counts in the whole batch.
+        border: Wavelets at the border reach over it.
+
     Reference:
         Zhang et al., "FreeKD: Knowledge Distillation via Semantic Frequency
         Prompt", CVPR 2024, arXiv:2311.12079. The abstract and the authors'

@@ -78,6 +78,9 @@ class LDLoss(nn.Module):
     Raises:
         ValueError: If the channels are no four distributions.
 
+    Not kept:
+        batch: The sum is divided by the weights of the whole batch.
+
     Reference:
         Zheng et al., "Localization Distillation for Dense Object Detection",
         CVPR 2022, arXiv:2102.12252, mean over bins and quarter as in

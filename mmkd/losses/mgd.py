@@ -45,6 +45,11 @@ class MGDLoss(nn.Module):
         mask_ratio: The paper's lambda, the share of locations masked *out*.
             Published: 0.65 for one-stage detectors, 0.45 for two-stage ones.
 
+    Not kept:
+        equality: What is generated from a part of the map is compared.
+        batch: What is hidden is drawn for the batch as one.
+        border: Generation and error see the whole map, as published.
+
     Reference:
         Yang et al., "Masked Generative Distillation", ECCV 2022,
         arXiv:2205.01529. Settings from the authors' configs, which clip

@@ -60,6 +60,9 @@ class MimicLoss(nn.Module):
 
     The weight has no published default for whole maps: it depends on the
     scale of the teacher's features unless ``normalise`` is set.
+
+    Not kept:
+        border: All cells count, as published.
     """
 
     example: ClassVar[dict] = dict()

@@ -93,6 +93,10 @@ class NKDLoss(nn.Module):
     Raises:
         ValueError: If a setting or the maps do not fit.
 
+    Not kept:
+        equality: It is a cross entropy, whose least value is not 0.
+        batch: The mean is that over the samples of the whole batch.
+
     Reference:
         Yang et al., "From Knowledge Distillation to Self-Knowledge
         Distillation: A Unified Approach with Normalized Loss and Customized

@@ -182,6 +182,9 @@ class PGDClassLoss(nn.Module):
             ``1 + level_step * level_index``.
         loss_weight: Factor of all parts.
 
+    Not kept:
+        border: Attention is that over all cells, as published.
+
     Reference:
         Yang et al., "Prediction-Guided Distillation for Dense Object
         Detection", ECCV 2022, arXiv:2203.05469. Read: the abstract, and the
@@ -249,6 +252,9 @@ class PGDBoxLoss(nn.Module):
         attention_weight: The paper's delta.
         temperature: Of the attention; the lower, the sharper.
         loss_weight: Factor of both parts.
+
+    Not kept:
+        batch: The sum is divided by the weights of the whole batch.
 
     Reference:
         As :class:`PGDClassLoss`.

@@ -44,7 +44,12 @@ def pkd_loss(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
 
 @MODELS.register_module()
 class PKDLoss(nn.Module):
-    """Module form of :func:`pkd_loss`, times ``loss_weight``."""
+    """Module form of :func:`pkd_loss`, times ``loss_weight``.
+
+    Not kept:
+        batch: A channel is normalised over the whole batch.
+        border: Its mean and deviation are those of all cells, as published.
+    """
 
     def __init__(self, loss_weight: float = 1.0) -> None:
         super().__init__()

@@ -155,6 +155,11 @@ class ReviewKDLoss(nn.Module):
     Raises:
         ValueError: If the lists of channels differ in length.
 
+    Not kept:
+        equality: The student's maps are fused by convolutions.
+        batch: The mean is that over the cells of the whole batch.
+        border: The convolutions that fuse maps reach over it.
+
     Reference:
         Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021,
         arXiv:2104.09044. The authors' code was read (for CIFAR-100, and their

@@ -110,6 +110,9 @@ class RKDLoss(nn.Module):
     Returns:
         ``distance`` and ``angle``, computed in float32.
 
+    Not kept:
+        batch: Objects of all images are related to each other.
+
     Reference:
         Park et al., arXiv:1904.05068. Weights 25 and 50 as in MMRazor; the
         regions are ours, following instance-wise relations as in Dai et al.,

@@ -150,6 +150,9 @@ class SoftTargetLoss(nn.Module):
     Raises:
         ValueError: If a setting is unknown or maps do not fit.
 
+    Not kept:
+        batch: The sum is divided by the weights of the whole batch.
+
     Reference:
         Hinton et al., "Distilling the Knowledge in a Neural Network", NIPS
         workshop 2014, arXiv:1503.02531, known second-hand, for one label an

@@ -67,6 +67,9 @@ class SPLoss(nn.Module):
             ours, not a published one.
         output_size: Bins of RoIAlign in each direction.
 
+    Not kept:
+        batch: Objects of all images are related to each other.
+
     Reference:
         Tung and Mori, arXiv:1907.09682; the regions are ours.
     """

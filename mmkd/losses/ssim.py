@@ -215,6 +215,9 @@ class SSIMLoss(nn.Module):
         ValueError: If the window is even, an exponent lies where its power
             has no derivative, or all exponents are 0.
 
+    Not kept:
+        batch: The mean is that over the cells of the whole batch.
+
     Reference:
         de Rijk et al., "Structural Knowledge Distillation for Object
         Detection", NeurIPS 2022, arXiv:2211.13133. Its abstract was read,

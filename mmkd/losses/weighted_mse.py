@@ -48,6 +48,9 @@ class WeightedMSELoss(nn.Module):
 
     Called without a weight, every cell counts alike that is not border.
 
+    Not kept:
+        batch: The sum is divided by the weights of the whole batch.
+
     Reference:
         With the teacher's class scores as weight and an adapter for the
         student it is the feature part of Du et al., "Distilling Object
