@@ -1,0 +1,170 @@
+"""What every term promises, whoever wrote it.
+
+Each tiny config is visited; together they name every term, loss and weight.
+Teachers have random weights here.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import rois
+import tiny
+import torch
+from mmdet.registry import MODELS
+from mmengine.registry import init_default_scope
+
+from mmkd.configs import read_config
+from mmkd.laboratory.catalogue import tiny_configs
+
+ROOT = Path(__file__).parents[1]
+PATHS = tiny_configs(ROOT)
+CLASSES = 6
+PROGRESS = 0.5
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """Random weights of a teacher, by its config, drawn once."""
+    folder, files = tmp_path_factory.mktemp('teachers'), {}
+
+    def weights(config):
+        if config not in files:
+            file = folder / f'{len(files)}.pth'
+            files[config] = tiny.save_teacher(read_config(config).model, file)
+        return str(files[config])
+
+    return weights
+
+
+@pytest.fixture(
+    scope='module',
+    params=[
+        pytest.param(
+            path, id=path.stem, marks=pytest.mark.xdist_group(path.stem)
+        )
+        for path in PATHS
+    ],
+)
+def built(request, weights):
+    """A student after one step, so that its own average is another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # tiny configs name their teachers from there
+        init_default_scope('mmdet')
+        model = read_config(request.param).model
+        for teacher in model.teachers.values():
+            teacher.checkpoint = weights(teacher.config)
+        torch.manual_seed(0)
+        student = MODELS.build(model)
+    student.init_weights()
+    student.train()
+    student.loss(*batch(student))
+    with torch.no_grad():
+        for one in student.backbone.parameters():
+            one.add_(0.02 * torch.randn_like(one))
+    return student
+
+
+@pytest.fixture
+def student(built, hub):
+    """A copy, in the middle of a training."""
+    hub.update_info('max_iters', 4)
+    hub.update_info('iter', 4 * PROGRESS)
+    return copy.deepcopy(built)
+
+
+def batch(student, boxes=4, seed=0):
+    images, samples = tiny.batch(
+        shapes=((96, 96), (64, 80)), seed=seed, boxes=boxes, classes=CLASSES
+    )
+    if hasattr(getattr(student, 'roi_head', None), 'mask_head'):
+        rois.add_masks(samples)
+    return images, samples
+
+
+def shares(student, images, samples, seed=1):
+    """Shares of the terms that count now, the random numbers held fixed."""
+    torch.manual_seed(seed)
+    idle = {
+        f'loss_kd_{name}'
+        for name, term in student.terms.items()
+        if not term.schedule(PROGRESS)
+    }
+    return {
+        name: value
+        for name, value in student.loss(images, samples).items()
+        if name.startswith('loss_kd_') and name not in idle
+    }
+
+
+def test_gradient_reaches_the_backbone_and_every_weight(student):
+    found = shares(student, *batch(student))
+    assert all(value > 0 for value in found.values())
+    student.zero_grad()
+    sum(found.values()).backward()
+    last = [*student.backbone.children()][-1]
+    assert all(one.grad.abs().sum() > 0 for one in last.parameters())
+    assert [
+        name
+        for key, term in student.terms.items()
+        for name, one in term.named_parameters(key)
+        if term.schedule(PROGRESS) and one.requires_grad and one.grad is None
+    ] == []
+
+
+def test_no_gradient_reaches_a_teacher(student):
+    sum(shares(student, *batch(student)).values()).backward()
+    for teacher in student.teachers.values():
+        for one in teacher.detector.parameters():
+            assert one.grad is None
+            assert not one.requires_grad
+
+
+def test_one_seed_gives_one_value(student):
+    other = copy.deepcopy(student)
+    found = shares(student, *batch(student))
+    assert found == shares(other, *batch(other))
+
+
+def test_inputs_are_left_as_they_were(student):
+    images, samples = batch(student)
+    before = copy.deepcopy((images, samples))
+    shares(student, images, samples)
+    assert torch.equal(images, before[0])
+    for one, was in zip(samples, before[1]):
+        assert torch.equal(one.gt_instances.bboxes, was.gt_instances.bboxes)
+        assert torch.equal(one.gt_instances.labels, was.gt_instances.labels)
+
+
+def test_images_without_boxes_are_defined(student):
+    found = shares(student, *batch(student, boxes=0))
+    sum(found.values()).backward()
+    for one in [*found.values(), *(p.grad for p in student.parameters())]:
+        assert one is None or one.isfinite().all()
+
+
+def test_autocast_leaves_all_finite(student):
+    with torch.autocast('cpu', torch.bfloat16):
+        found = shares(student, *batch(student))
+    for one in found.values():
+        assert one.dtype == torch.float32
+        assert one.isfinite()
+
+
+def test_what_a_teacher_says_counts(student):
+    if not student.teachers:
+        pytest.skip('it has none')
+    before = shares(copy.deepcopy(student), *batch(student))
+    with torch.no_grad():
+        for teacher in student.teachers.values():
+            for one in teacher.detector.parameters():
+                one.add_(0.1 * one.abs().mean() * torch.randn_like(one))
+    after = shares(student, *batch(student))
+    for name, term in student.terms.items():
+        if not term.schedule(PROGRESS):
+            continue
+        assert any(
+            before[key] != after[key]
+            for key in before
+            if key.startswith(f'loss_kd_{name}')
+        ), f'{name} does not depend on its teacher'
