@@ -85,6 +85,17 @@ optim_wrapper = dict(
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=10)
 ]
+#: For what learns from knowledge that moves as well: it must be caught up.
+falling = [
+    *param_scheduler,
+    dict(
+        type='CosineAnnealingLR',
+        T_max=iterations - 10,
+        by_epoch=False,
+        begin=10,
+        end=iterations,
+    ),
+]
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=5, log_metric_by_epoch=False),
     checkpoint=dict(

@@ -24,13 +24,4 @@ model = dict(
     ),
 )
 
-param_scheduler = [
-    *_base_.param_scheduler,
-    dict(
-        type='CosineAnnealingLR',
-        T_max=_base_.iterations - 10,
-        by_epoch=False,
-        begin=10,
-        end=_base_.iterations,
-    ),
-]
+param_scheduler = _base_.falling
