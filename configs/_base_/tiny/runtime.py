@@ -85,7 +85,7 @@ optim_wrapper = dict(
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=10)
 ]
-#: For what learns from knowledge that moves as well: it must be caught up.
+#: For those that learn from what moves as well.
 falling = [
     *param_scheduler,
     dict(

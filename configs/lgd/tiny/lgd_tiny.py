@@ -1,10 +1,6 @@
-"""LGD: a tiny RetinaNet learns from its labels.
+"""LGD: a tiny RetinaNet learns from its labels."""
 
-What they say is learned slower than by the student, and the learning rate
-falls to 0, so that it can catch up.
-"""
-
-_base_ = '../../_base_/tiny/retinanet.py'
+_base_ = '../../_base_/tiny/retinanet_falling.py'
 
 model = dict(
     type='mmkd.Distiller',
@@ -17,7 +13,6 @@ model = dict(
     ),
 )
 
-param_scheduler = _base_.falling
-optim_wrapper = dict(
+optim_wrapper = dict(  # what labels say must not move too fast
     paramwise_cfg=dict(custom_keys={'terms.lgd.instructor': dict(lr_mult=0.1)})
 )

@@ -1,9 +1,6 @@
-"""Self: a tiny GFL learns from the average of its past.
+"""Self: a tiny GFL learns from the average of its past."""
 
-Its learning rate falls to 0, so that the average can catch up.
-"""
-
-_base_ = '../../_base_/tiny/gfl.py'
+_base_ = '../../_base_/tiny/gfl_falling.py'
 
 model = dict(
     type='mmkd.Distiller',
@@ -23,5 +20,3 @@ model = dict(
         ),
     ),
 )
-
-param_scheduler = _base_.falling
