@@ -118,19 +118,27 @@ def check_fraction(who: str, **values: float) -> None:
             )
 
 
+def head_classes(detector: nn.Module) -> set[int]:
+    """Numbers of classes that a detector's heads tell apart.
+
+    An RPN, which knows one, is left out.
+    """
+    return {
+        one.num_classes
+        for name, part in detector.named_children()
+        if 'head' in name and name != 'rpn_head'
+        for one in part.modules()
+        if hasattr(one, 'num_classes')
+    }
+
+
 def check_classes(who: str, student: nn.Module, count: int) -> None:
     """They must be as many as a head of the student tells apart.
 
     Raises:
         ValueError: If they are not.
     """
-    known = {
-        one.num_classes
-        for name, part in student.named_children()
-        if 'head' in name
-        for one in part.modules()
-        if hasattr(one, 'num_classes')
-    }
+    known = head_classes(student)
     if known and count not in known:
         raise ValueError(
             f'{who} is told of {count} classes, the student of {max(known)}. '

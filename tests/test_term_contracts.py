@@ -5,6 +5,8 @@ Teachers have random weights here.
 """
 
 import copy
+import datetime
+import re
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,10 @@ from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
 
 from mmkd.configs import read_config
-from mmkd.laboratory.catalogue import tiny_configs
+from mmkd.laboratory.catalogue import sample, tiny_configs
 
 ROOT = Path(__file__).parents[1]
+BASES = ROOT / 'configs' / '_base_' / 'tiny'
 PATHS = tiny_configs(ROOT)
 CLASSES = 6
 PROGRESS = 0.5
@@ -168,3 +171,82 @@ def test_what_a_teacher_says_counts(student):
             for key in before
             if key.startswith(f'loss_kd_{name}')
         ), f'{name} does not depend on its teacher'
+
+
+# A teacher that does not fit -------------------------------------------------
+
+#: What a message tells to do.
+ADVICE = re.compile(
+    r'\b(add|set|use|take|choose|pair|give|name|did you mean|it has)\b', re.I
+)
+TODAY = datetime.date.today().isoformat()
+
+
+def wide(model):
+    model.neck.out_channels = model.bbox_head.in_channels = 48
+    return model
+
+
+def of_other_classes(model):
+    model.bbox_head.num_classes = 4
+    return model
+
+
+def of_another_head(model):
+    kind = 'gfl' if model.type == 'RetinaNet' else 'retinanet'
+    return read_config(BASES / f'{kind}_teacher.py').model
+
+
+def of_two_stages(model):
+    return read_config(BASES / 'faster_rcnn_teacher.py').model
+
+
+def check_refusal(path, change, tmp_path):
+    """Either it teaches, or the model is not built, for a reason."""
+    model = read_config(path).model
+    for name, teacher in model.teachers.items():
+        other = read_config(teacher.config).model
+        if 'bbox_head' not in other:
+            pytest.skip('its teacher has two stages')
+        teacher.config = dict(model=change(other))
+        file = tmp_path / f'{name}.pth'
+        tiny.save_teacher(teacher.config['model'], file)
+        teacher.checkpoint = str(file)
+    try:
+        student = MODELS.build(model)
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = ''
+    if message:
+        assert re.match(r"Term '\w+'", message), message
+        assert ADVICE.search(message), message
+        return
+    student.init_weights()
+    found = shares(student.train(), *batch(student))
+    assert all(value.isfinite() for value in found.values())
+
+
+REFUSALS = [
+    pytest.param(
+        path,
+        change,
+        id=f'{path.stem}-{change.__name__}',
+        marks=()
+        if path in sample(PATHS, f'{TODAY} {change.__name__}', count=8)
+        else pytest.mark.slow,
+    )
+    for path in PATHS
+    if read_config(path).model.teachers
+    for change in (wide, of_other_classes, of_another_head, of_two_stages)
+]
+
+
+@pytest.mark.parametrize(('path', 'change'), REFUSALS)
+def test_a_teacher_that_does_not_fit_is_refused_with_advice(
+    path, change, tmp_path, monkeypatch
+):
+    """Some of the pairs each day, all of them with the slow tests."""
+    monkeypatch.chdir(ROOT)
+    init_default_scope('mmdet')
+    check_refusal(path, change, tmp_path)

@@ -19,7 +19,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmkd.build import build
-from mmkd.checks import check_name
+from mmkd.checks import check_name, head_classes
 from mmkd.distillers.guard import Guard
 from mmkd.distillers.unlabelled import labelled_first, partly_labelled
 from mmkd.pixels import Pixels
@@ -141,6 +141,9 @@ class Distilling:
                     term.name = name
                     term.bind(self, self.teachers)
                 self.terms[name] = term
+                if term.compares_classes():
+                    for teacher in term.teacher_names:
+                        _same_count(name, self, self.teachers[teacher])
             self._check_pair()
         self.teachers.mention_missing_files()
 
@@ -251,11 +254,10 @@ class Distilling:
             )
             return
         for name, term in self.terms.items():
-            if not term.checkable(step):
-                continue
             with _naming(name), _modes_kept(term), torch.no_grad():
                 term.eval()
-                term(step)
+                if term.checkable(step):
+                    term(step)
 
     def _dry_step(
         self, images: Tensor, samples: SampleList
@@ -430,6 +432,20 @@ def _training_classes() -> tuple[str, ...] | None:
     meta = hub.get_info('dataset_meta', None) or {}
     classes = meta.get('classes')
     return tuple(classes) if classes else None
+
+
+def _same_count(term: str, student: nn.Module, teacher: Teacher) -> None:
+    """Both must tell apart as many classes, where their heads say so."""
+    own, theirs = (
+        head_classes(detector) for detector in (student, teacher.detector)
+    )
+    if own and theirs and not own & theirs:
+        raise ValueError(
+            f'Term {term!r} compares classes, but the student has '
+            f'{max(own)} and teacher {teacher.name!r} {max(theirs)}. Use a '
+            f'teacher trained on the same list in the same order, or a '
+            f"feature term (tap='neck')."
+        )
 
 
 def _same_classes(

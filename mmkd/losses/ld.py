@@ -41,6 +41,13 @@ def edge_divergence(
         >>> edge_divergence(x, x).abs().max().item() < 1e-5
         True
     """
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f'LDLoss compares distributions of box edges, got '
+            f'{student.shape[1]} channels of the student and '
+            f'{teacher.shape[1]} of the teacher. Take a teacher whose head '
+            f'has them with the same reg_max, or a term on features.'
+        )
     check_same_shape('LDLoss', student, teacher)
     images, channels, height, width = student.shape
     if channels % (EDGES * anchors):

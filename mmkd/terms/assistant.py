@@ -137,7 +137,24 @@ class AssistantTerm(GroupTerm):
         who = f'The tap {self.tapped!r}'
         maps = maps_of(step.student.at(self.tapped), who)
         maps = pick_levels(maps, self.levels, who)
-        return maps if self.align is None else self.align(maps)
+        if self.align is not None:
+            maps = self.align(maps)
+        self._check_channels(who, maps)
+        return maps
+
+    def _check_channels(self, who: str, maps: Sequence[Tensor]) -> None:
+        found = [one.shape[1] for one in maps]
+        for name in ('rpn_head', 'bbox_head'):
+            wanted = getattr(
+                getattr(self.heads, name, None), 'in_channels', None
+            )
+            if isinstance(wanted, int) and set(found) != {wanted}:
+                raise ValueError(
+                    f"AssistantTerm's {name} reads maps of {wanted} channels, "
+                    f"{who} has {found}. Set align=dict(type='mmkd.ConvAdapt',"
+                    f' in_channels={found}, out_channels={wanted}, '
+                    f'num_levels={len(found)}).'
+                )
 
     def _own(self, losses: Mapping[str, Any]) -> dict[str, Tensor]:
         """The assistant's detection losses as parts."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmkd.build import build, find
 from mmkd.checks import check_name
+from mmkd.ops.masks import equal_weight
 from mmkd.registry import MODELS
 from mmkd.structures import Outputs, Step
 from mmkd.taps import crop, maps_of, pick_levels
@@ -126,13 +127,43 @@ class FeatureTerm(Term):
             for paths in (self.taps, self.teacher_taps)
         ) or (self.weight is not None and self.weight.needs_classes)
 
+    def checkable(self, step: Step) -> bool:
+        """Whether a dry pass recorded all; its maps are compared if not all
+        that the weight reads was there.
+
+        Raises:
+            ValueError: If they do not fit the loss.
+        """
+        if super().checkable(step):
+            return True
+        if all(step.student.has(path) for path in self.taps):
+            student, teacher = self._aligned(step)
+            weights = tuple(equal_weight(step.gt, one) for one in student)
+            self._compare(step, student, teacher, weights)
+        return False
+
     def forward(self, step: Step) -> Tensor | dict[str, Tensor]:
+        student, teacher = self._aligned(step)
+        weights = None if self.weight is None else self._weights(step, student)
+        return self._compare(step, student, teacher, weights)
+
+    def _aligned(
+        self, step: Step
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         student, teacher = self.maps(step)
         if self.align is not None:
             student = self.align(student, teacher)
         if self.teacher_align is not None:
             teacher = self.teacher_align(teacher, student)
-        weights = None if self.weight is None else self._weights(step, student)
+        return student, teacher
+
+    def _compare(
+        self,
+        step: Step,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        weights: Sequence[Tensor] | None,
+    ) -> Tensor | dict[str, Tensor]:
         if self.joint:
             more = () if weights is None else (weights,)
             return self.losses[0](student, teacher, step.gt, *more)

@@ -198,6 +198,13 @@ def test_objects_are_told_by_sides_and_class():
     assert told[:, 3].tolist() == [[-1, -1, 1, 1, -1, -1, -1]] * 2
 
 
+def test_what_lies_outside_of_the_image_is_not_told():
+    boxes = [torch.tensor([[-16.0, 16, 96, 80]])]
+    gt = ground_truth(boxes, [torch.tensor([1])], shapes=((64, 64),))
+    told, _ = describe(gt, 3, context=False)
+    assert told[0, 0, :4].tolist() == [-1, -0.5, 1, 1]
+
+
 @torch.no_grad()
 def test_the_order_of_objects_says_nothing(instructor, maps):
     one = instructor(maps, ground_truth())
