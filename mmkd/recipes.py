@@ -546,6 +546,101 @@ def crosskd(pair: Pair) -> Terms:
 
 
 @_method
+def reviewkd(pair: Pair) -> Terms:
+    loss = dict(
+        type='mmkd.ReviewKDLoss',
+        in_channels=tuple(level.channels[0] for level in pair.levels),
+        mid_channels=max(level.channels[1] for level in pair.levels),
+        out_channels=tuple(level.channels[1] for level in pair.levels),
+    )
+    return dict(reviewkd=pair.term(loss, adapt=False))
+
+
+@_method
+def pgd(pair: Pair) -> Terms:
+    heads = pair.heads
+    alike = pair.levels and all(level.scores for level in pair.levels)
+    if heads is None or not (heads.convs and heads.sigmoid and alike):
+        raise ValueError(
+            'pgd compares the first convolutions of towers cls_convs and '
+            'reg_convs, where the teacher predicts best, which needs dense '
+            'heads of the same strides, anchors and classes with a sigmoid '
+            'each. Choose a method on features, for instance fgd.'
+        )
+    own, other = heads.widths
+    align = {}
+    if own != other:
+        align['align'] = dict(
+            type='mmkd.ConvAdapt', in_channels=own, out_channels=other
+        )
+    published = dict(
+        cls=(
+            0.8,
+            dict(
+                type='mmkd.PGDClassLoss',
+                foreground_weight=0.04,
+                background_weight=0.02,
+                attention_weight=8e-4,
+            ),
+        ),
+        reg=(
+            0.6,
+            dict(
+                type='mmkd.PGDBoxLoss',
+                foreground_weight=0.064,
+                attention_weight=8e-4,
+            ),
+        ),
+    )
+    return {
+        tower: dict(
+            type='mmkd.FeatureTerm',
+            teacher=pair.teacher,
+            tap=f'bbox_head.{tower}_convs.0',
+            **pair.paired(),
+            weight=dict(type='mmkd.QualityWeight', iou_power=power),
+            loss=loss,
+            **align,
+        )
+        for tower, (power, loss) in published.items()
+    }
+
+
+@_method
+def icd(pair: Pair) -> Terms:
+    own = {level.channels[0] for level in pair.levels}
+    if len(own) > 1:
+        raise ValueError(
+            f'icd projects the maps of all levels by one layer, but the '
+            f"student's have {sorted(own)} channels. Choose another method, "
+            f'for instance pkd.'
+        )
+    heads = 8
+    term = dict(
+        type='mmkd.InstanceConditionalTerm',
+        teacher=pair.teacher,
+        tap=pair.tap,
+        num_classes=_classes(pair.student),
+        channels=pair.channels,
+        in_channels=own.pop(),
+        dim=-(-pair.channels // heads) * heads,
+        heads=heads,
+        **pair.paired(),
+        loss_weight=3.0 if 'roi_head' in pair.student else 8.0,
+        limit=100 if 'roi_head' in pair.student else 300,
+    )
+    return dict(icd=term)
+
+
+def _classes(model: Mapping) -> int:
+    """Classes that a student tells apart, by its config."""
+    parts = model.get('roi_head', model)
+    head = parts.get('bbox_head') or parts['mask_head']
+    head = head[0] if isinstance(head, (list, tuple)) else head
+    return head['num_classes']
+
+
+@_method
 def maskd(pair: Pair) -> Terms:
     loss = dict(type='mmkd.MasKDLoss', channels=pair.channels, loss_weight=7.0)
     return dict(maskd=_learned('maskd', pair, loss))

@@ -40,6 +40,7 @@ SCORES = frozenset(
         'frs',
         'ld',
         'gid',
+        'pgd',
     ]
 )
 SIGMOID = frozenset(('frs', 'bckd', 'gid'))
@@ -47,13 +48,18 @@ BOXES = frozenset(('bckd', 'gid'))
 #: Not where labels depend on predictions.
 GUESSES = frozenset(['gid'])
 BINS = frozenset(['ld'])
-TOWERS = frozenset(['crosskd'])
+TOWERS = frozenset(('crosskd', 'pgd'))
 ANCHORS = frozenset(['fgfi'])
 STAGES = frozenset(['proposal'])
 ONE_WIDTH = frozenset(
-    ('mgd', 'fgd', 'fgd_global', 'fbkd', 'amd', 'dmkd', 'maskd', 'freekd')
+    [
+        *('mgd', 'fgd', 'fgd_global', 'fbkd', 'amd', 'dmkd', 'maskd'),
+        *('freekd', 'icd'),
+    ]
 )
 NECK = frozenset(('maskd', 'freekd'))
+#: The teacher's own loss is asked with the student's labels.
+LABELS = frozenset(('maskd', 'freekd'))
 
 #: What no dense head has, unless it predicts distributions.
 DENSE = BINS | STAGES
@@ -101,7 +107,7 @@ ROWS = dict(
     paa=alike(families.paa, lacks=DENSE | GUESSES),
     ddod=alike(
         families.ddod,
-        lacks=DENSE | TOWERS | {'bckd'} | GUESSES,
+        lacks=DENSE | {'crosskd', 'bckd'} | GUESSES,
     ),
     reppoints=alike(
         families.reppoints, lacks=DENSE | ANCHORS | TOWERS | BOXES
@@ -111,7 +117,8 @@ ROWS = dict(
         families.centernet, lacks=TWO_STAGES | STAGES | ANCHORS, levels=ONE
     ),
     centernet_update=alike(
-        families.centernet_update, lacks=DENSE | ANCHORS | TOWERS | BOXES
+        families.centernet_update,
+        lacks=DENSE | ANCHORS | {'crosskd'} | BOXES,
     ),
     yolox=alike(
         families.yolox,
@@ -176,7 +183,7 @@ ROWS = dict(
     more_classes=Row(
         tiny.retinanet,
         partial(tiny.retinanet, classes=5),
-        lacks=SCORES | STAGES,
+        lacks=SCORES | STAGES | LABELS,
     ),
     yolox_from_retinanet=Row(
         families.yolox,
