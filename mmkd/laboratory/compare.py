@@ -338,6 +338,8 @@ class Comparison:
         train = not (self.options.report_only or self.options.verify)
         if train:
             carry_out([self.teacher], self.options.jobs)
+        if self.options.verify and self.teacher.stale:
+            self._verify_teacher()
         self.teacher.status = DONE if self.teacher.done else 'missing'
         if not self.teacher.done:
             raise RuntimeError(
@@ -364,11 +366,11 @@ class Comparison:
             budget=None if budget is None else 60 * budget,
         )
 
-    def _verify(self) -> None:
-        """Accept results that changed code repeats.
+    def _made(self) -> dict[str, str]:
+        """Digest of the code that made the results of each arm.
 
         Raises:
-            RuntimeError: If a repeat differs.
+            RuntimeError: If there are none.
         """
         path = self.folder / 'report' / 'results.json'
         if not path.is_file():
@@ -376,7 +378,32 @@ class Comparison:
                 f'--verify needs {path}, which says what code made the '
                 f'results; there is none. Train anew, without --verify.'
             )
-        made = json.loads(path.read_text(encoding='utf-8'))['hashes']['code']
+        return json.loads(path.read_text(encoding='utf-8'))['hashes']['code']
+
+    def _verify_teacher(self) -> None:
+        """Accept a teacher that changed code would train alike.
+
+        Raises:
+            RuntimeError: If a repeat differs.
+        """
+        made = self._made()
+        # Before teachers had an entry, theirs was the plain student's.
+        before = made.get('teacher', made.get('alone', ''))
+        print(f'teacher: repeating {self.options.verify} steps ...')
+        found = verify([self.teacher], before, self.options.verify)
+        if found is not None:
+            raise RuntimeError(
+                f'the present code trains the teacher otherwise. {found}. '
+                f'Train anew: the same command without --verify.'
+            )
+
+    def _verify(self) -> None:
+        """Accept results that changed code repeats.
+
+        Raises:
+            RuntimeError: If a repeat differs.
+        """
+        made = self._made()
         steps, differ = self.options.verify, []
         for arm in self.trials.arms:
             runs = [
@@ -453,7 +480,11 @@ class Comparison:
             machine=machine(),
             hashes=dict(
                 code={
-                    arm.name: code_digest(arm.settings) for arm in trials.arms
+                    'teacher': code_digest(self.teacher.settings),
+                    **{
+                        arm.name: code_digest(arm.settings)
+                        for arm in trials.arms
+                    },
                 },
                 config={
                     arm.name: config_digest(arm.settings)

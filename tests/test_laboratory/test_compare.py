@@ -299,6 +299,45 @@ def test_a_repeat_that_differs_ends_the_command(stale, monkeypatch):
         stale.run()
 
 
+@pytest.fixture
+def stale_teacher(stale):
+    """Its code has changed as well."""
+    teacher, now = stale.teacher, stale.teacher.keys['code']
+    teacher.keys['code'] = 'earlier'
+    (teacher.folder / 'fingerprint').write_text(teacher.fingerprint())
+    teacher.keys['code'] = now
+    assert teacher.stale
+    return stale
+
+
+@pytest.mark.parametrize('name', ['teacher', 'alone'])
+def test_a_stale_teacher_is_verified_first(stale_teacher, monkeypatch, name):
+    """In earlier reports its code is that of the plain student."""
+    report = stale_teacher.folder / 'report' / 'results.json'
+    code = json.loads(report.read_text())['hashes']['code']
+    code[name] = 'earlier'
+    report.write_text(json.dumps(dict(hashes=dict(code=code))))
+    asked = []
+
+    def accept(runs, *how):
+        asked.append(([run.name for run in runs], *how))
+        for run in runs:
+            (run.folder / 'fingerprint').write_text(run.fingerprint())
+
+    monkeypatch.setattr(compare, 'verify', accept)
+    stale_teacher.run()
+    assert asked[0] == (['teacher'], 'earlier', 7)
+    assert len(asked) == 3
+
+
+def test_a_teacher_that_would_be_another_ends_the_command(
+    stale_teacher, monkeypatch
+):
+    monkeypatch.setattr(compare, 'verify', lambda *which: 'loss was 1')
+    with pytest.raises(RuntimeError, match='the teacher otherwise. loss was'):
+        stale_teacher.run()
+
+
 def test_without_a_report_nothing_says_what_code_it_was(stale):
     (stale.folder / 'report' / 'results.json').unlink()
     with pytest.raises(RuntimeError, match='results.json, which says what'):
