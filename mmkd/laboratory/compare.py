@@ -386,9 +386,7 @@ class Comparison:
         Raises:
             RuntimeError: If a repeat differs.
         """
-        made = self._made()
-        # Before teachers had an entry, theirs was the plain student's.
-        before = made.get('teacher', made.get('alone', ''))
+        before = self._made().get('teacher', '')
         print(f'teacher: repeating {self.options.verify} steps ...')
         found = verify([self.teacher], before, self.options.verify)
         if found is not None:
