@@ -161,8 +161,7 @@ def instructed_distance(
 
     Args:
         student, teacher: Maps of each level, (N, C, H, W).
-        valid: 1 at the cells that count, at least one an image,
-            (N, 1, H, W).
+        valid: 1 at the cells that count, (N, 1, H, W).
 
     Returns:
         Mean over channels and over the cells of all levels, in float32.
@@ -178,13 +177,14 @@ def instructed_distance(
         for one, other, count in zip(student, teacher, valid)
     )
     cells = sum(count.sum() for count in valid)
-    return total / (student[0].shape[1] * cells)
+    return total / (student[0].shape[1] * cells).clamp(min=1)
 
 
 def _normal(feature: Tensor, count: Tensor) -> Tensor:
     """Zero mean and unit variance over the cells that count."""
     feature = as_float(feature)
-    total = count.sum((2, 3), keepdim=True)
+    # An ignored box may hide an image from end to end.
+    total = count.sum((2, 3), keepdim=True).clamp(min=1)
     mean = (count * feature).sum((2, 3), keepdim=True) / total
     centred = feature - mean
     variance = (count * centred.square()).sum((2, 3), keepdim=True) / total

@@ -294,6 +294,25 @@ def test_the_border_does_not_count(maps):
     )
 
 
+def test_images_of_which_no_cell_counts_cost_nothing(maps):
+    """An ignored box may hide one from end to end."""
+    other = [torch.randn_like(x) for x in maps]
+    count = [x.new_ones(2, 1, *x.shape[-2:]) for x in maps]
+    expected = instructed_distance(
+        *([x[:1] for x in side] for side in (maps, other, count))
+    )
+    for one in count:
+        one[1] = 0
+    found = instructed_distance(maps, other, count)
+    torch.testing.assert_close(found, expected)
+    student = [x.requires_grad_() for x in maps]
+    nothing = [0 * x for x in count]
+    value = instructed_distance(student, other, nothing)
+    value.backward()
+    assert value == 0
+    assert all(x.grad.isfinite().all() for x in student)
+
+
 def test_a_map_of_one_cell_has_no_form_to_imitate():
     one, other = torch.randn(2, 1, 4, 1, 1).requires_grad_()
     distance = instructed_distance([one], [other], [torch.ones(1, 1, 1, 1)])
