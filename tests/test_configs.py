@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import datetime
 import re
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 
 from mmkd.configs import OWN_KEYS, read_config, student_config
+from mmkd.laboratory.catalogue import sample
 
 ROOT = Path(__file__).parents[1]
 COCO_CLASSES = 80
@@ -323,8 +325,8 @@ def small_batch(model: ConfigDict, seed: int) -> dict:
     images, samples = tiny.batch(
         shapes=((64, 64), (48, 56)), seed=seed, classes=COCO_CLASSES
     )
-    for sample in samples:
-        sample.gt_instances.bboxes /= 2
+    for one in samples:
+        one.gt_instances.bboxes /= 2
     if 'mask_head' in model.get('roi_head', {}):
         rois.add_masks(samples)
     return tiny.pixels(images, samples)
@@ -351,11 +353,23 @@ def assert_loads_in_the_plain_student(student, model: ConfigDict) -> None:
     assert all(key.startswith('terms.') for key in report.unexpected_keys)
 
 
+TAUGHT = [path for path in PATHS if teachers_in(path)]
+#: Others each day; `make test-slow` trains them all.
+TODAYS = sample(TAUGHT, datetime.date.today().isoformat(), count=20)
+
+
 @pytest.mark.parametrize(
     ('weights', 'path'),
-    [(teachers_in(path), path) for path in PATHS if teachers_in(path)],
+    [
+        pytest.param(
+            teachers_in(path),
+            path,
+            id=path.stem,
+            marks=() if path in TODAYS else pytest.mark.slow,
+        )
+        for path in TAUGHT
+    ],
     indirect=['weights'],
-    ids=[path.stem for path in PATHS if teachers_in(path)],
 )
 def test_learns_for_two_steps_and_loads_in_the_plain_student(weights, path):
     init_default_scope('mmdet')
