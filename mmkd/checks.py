@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def check_same_shape(who: str, student: Tensor, teacher: Tensor) -> None:
@@ -116,31 +116,3 @@ def check_fraction(who: str, **values: float) -> None:
             raise ValueError(
                 f'{who} needs {name} between 0 and 1, got {name}={value!r}.'
             )
-
-
-def head_classes(detector: nn.Module) -> set[int]:
-    """Numbers of classes that a detector's heads tell apart.
-
-    An RPN, which knows one, is left out.
-    """
-    return {
-        one.num_classes
-        for name, part in detector.named_children()
-        if 'head' in name and name != 'rpn_head'
-        for one in part.modules()
-        if hasattr(one, 'num_classes')
-    }
-
-
-def check_classes(who: str, student: nn.Module, count: int) -> None:
-    """They must be as many as a head of the student tells apart.
-
-    Raises:
-        ValueError: If they are not.
-    """
-    known = head_classes(student)
-    if known and count not in known:
-        raise ValueError(
-            f'{who} is told of {count} classes, the student of {max(known)}. '
-            f'Set num_classes={max(known)} in it.'
-        )

@@ -14,6 +14,7 @@ ORDER = (
     'registry',
     'compat',
     'checks',
+    'classes',
     'build',
     'randomness',
     'configs',

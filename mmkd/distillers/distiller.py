@@ -19,7 +19,8 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmkd.build import build
-from mmkd.checks import check_name, head_classes
+from mmkd.checks import check_name
+from mmkd.classes import head_classes
 from mmkd.distillers.guard import Guard
 from mmkd.distillers.unlabelled import labelled_first, partly_labelled
 from mmkd.pixels import Pixels
@@ -437,7 +438,7 @@ def _training_classes() -> tuple[str, ...] | None:
 def _same_count(term: str, student: nn.Module, teacher: Teacher) -> None:
     """Both must tell apart as many classes, where their heads say so."""
     own, theirs = (
-        head_classes(detector) for detector in (student, teacher.detector)
+        set(head_classes(one).values()) for one in (student, teacher.detector)
     )
     if own and theirs and not own & theirs:
         raise ValueError(

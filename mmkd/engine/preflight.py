@@ -9,6 +9,7 @@ from typing import Any
 from mmengine.config import Config
 from torch import nn
 
+from mmkd.classes import head_classes
 from mmkd.compat.checkpoint import check_file
 from mmkd.datasets.check import (
     Report,
@@ -133,9 +134,9 @@ def check_classes(
     if classes is None:
         return
     wrong = {
-        name: module.num_classes
-        for name, module in model.named_modules()
-        if _counts_classes(name, module) and module.num_classes != len(classes)
+        name: count
+        for name, count in head_classes(model).items()
+        if count != len(classes)
     }
     if not wrong:
         return
@@ -149,18 +150,4 @@ def check_classes(
         f'{type(model).__name__}: {name} has num_classes={number}, the '
         f'training data has {len(classes)} ({names}{more}). Type: '
         f'--cfg-options {settings}'
-    )
-
-
-def _counts_classes(name: str, module: nn.Module) -> bool:
-    parts = name.split('.')
-    is_head = any('head' in part for part in parts)
-    # A proposal head tells objects from background; a semantic one has
-    # classes of its own; losses repeat what their head says.
-    other = {'rpn_head', 'semantic_head', 'semantic_roi_extractor', 'terms'}
-    return (
-        is_head
-        and not other & set(parts)
-        and not parts[-1].startswith('loss')
-        and type(getattr(module, 'num_classes', None)) is int
     )

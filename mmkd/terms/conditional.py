@@ -11,12 +11,8 @@ import torch.nn.functional as F
 from mmdet.models.layers import SinePositionalEncoding
 from torch import Tensor, nn
 
-from mmkd.checks import (
-    check_channels,
-    check_classes,
-    check_name,
-    check_positive,
-)
+from mmkd.checks import check_channels, check_name, check_positive
+from mmkd.classes import check_num_classes
 from mmkd.ops.masks import valid_mask
 from mmkd.ops.numeric import as_float, full_precision, one_hot
 from mmkd.registry import MODELS
@@ -160,7 +156,7 @@ class InstanceConditionalTerm(Term):
         teachers[self.teacher].tap(self.path)
         self.teacher_names = [self.teacher]
         self.sham = teachers[self.teacher].sham
-        check_classes(type(self).__name__, student, self.num_classes)
+        check_num_classes(type(self).__name__, student, self.num_classes)
 
     def silent(self) -> bool:
         return self.loss_weight == 0

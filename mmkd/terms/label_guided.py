@@ -11,12 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkd.checks import (
-    check_channels,
-    check_classes,
-    check_fraction,
-    check_positive,
-)
+from mmkd.checks import check_channels, check_fraction, check_positive
+from mmkd.classes import check_num_classes
 from mmkd.ops.masks import box_spans, valid_mask
 from mmkd.ops.numeric import as_float, one_hot
 from mmkd.registry import MODELS
@@ -116,7 +112,7 @@ class LabelGuidedTerm(Term):
         self, student: nn.Module, teachers: Mapping[str, Teacher]
     ) -> None:
         self.tap(student, self.path)
-        check_classes('LabelGuidedTerm', student, self.num_classes)
+        check_num_classes('LabelGuidedTerm', student, self.num_classes)
 
     def silent(self) -> bool:
         return not (self.loss_weight or self.task_weight)
