@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class GroundTruth:
     def num_images(self) -> int:
         return len(self.image_shapes)
 
-    @property
+    @cached_property
     def most(self) -> int:
         """Boxes of the image that has most, at least 1."""
         counts = self.counts
@@ -54,7 +55,7 @@ class GroundTruth:
             counts = self.image.bincount(minlength=1).tolist()
         return max(1, *counts)
 
-    @property
+    @cached_property
     def place(self) -> Tensor:
         """How many boxes of the same image stand before each, (M,)."""
         return (self.image[:, None] == self.image).tril(-1).sum(1)
