@@ -386,13 +386,21 @@ class Comparison:
         Raises:
             RuntimeError: If a repeat differs.
         """
-        before = self._made().get('teacher', '')
+        before = self._made().get('teacher')
+        if before is None:
+            raise RuntimeError(
+                'the report does not say what code made the teacher; it was '
+                'written before reports did. Train anew, without --verify.'
+            )
         print(f'teacher: repeating {self.options.verify} steps ...')
         found = verify([self.teacher], before, self.options.verify)
         if found is not None:
             raise RuntimeError(
-                f'the present code trains the teacher otherwise. {found}. '
-                f'Train anew: the same command without --verify.'
+                f'the teacher trains otherwise now. {found}. It has as many '
+                f'threads as --jobs, and their number changes how sums are '
+                f'rounded: it is {self.options.jobs} now, give the number '
+                f'that it was trained with. If it is that one already, train '
+                f'anew: the same command without --verify.'
             )
 
     def _verify(self) -> None:

@@ -150,9 +150,9 @@ class AssistantTerm(GroupTerm):
             )
             if isinstance(wanted, int) and set(found) != {wanted}:
                 raise ValueError(
-                    f"AssistantTerm's {name} reads maps of {wanted} channels, "
-                    f"{who} has {found}. Set align=dict(type='mmkd.ConvAdapt',"
-                    f' in_channels={found}, out_channels={wanted}, '
+                    f"{who} has {found} channels, AssistantTerm's {name} "
+                    f"reads {wanted}. Set align=dict(type='mmkd.ConvAdapt', "
+                    f'in_channels={found}, out_channels={wanted}, '
                     f'num_levels={len(found)}).'
                 )
 

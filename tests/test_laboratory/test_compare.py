@@ -331,8 +331,21 @@ def test_a_stale_teacher_is_verified_first(stale_teacher, monkeypatch):
 def test_a_teacher_that_would_be_another_ends_the_command(
     stale_teacher, monkeypatch
 ):
+    report = stale_teacher.folder / 'report' / 'results.json'
+    report.write_text(
+        json.dumps(dict(hashes=dict(code=dict(teacher='earlier'))))
+    )
     monkeypatch.setattr(compare, 'verify', lambda *which: 'loss was 1')
-    with pytest.raises(RuntimeError, match='the teacher otherwise. loss was'):
+    with pytest.raises(
+        RuntimeError, match=r'otherwise now\. loss was 1.*--jobs'
+    ):
+        stale_teacher.run()
+
+
+def test_an_early_report_does_not_say_what_code_made_the_teacher(
+    stale_teacher,
+):
+    with pytest.raises(RuntimeError, match='what code made the teacher'):
         stale_teacher.run()
 
 

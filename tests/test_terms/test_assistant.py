@@ -190,6 +190,8 @@ def test_what_is_missing_is_said(build):
         build(teacher='bigg')
     with pytest.raises(ValueError, match="'neck' .* 0 to 4; .* asks for 7"):
         build(levels=(1, 7))
+    with pytest.raises(ValueError, match=r"'neck' has \[.*bbox_head reads 8"):
+        build(tiny.retinanet(channels=8))
 
 
 def test_it_is_silent_only_if_nothing_is_asked(build):
