@@ -276,7 +276,9 @@ def pick_levels(
     if beyond:
         raise ValueError(
             f'{who} returns {len(maps)} maps, levels 0 to '
-            f'{len(maps) - 1}; levels={tuple(levels)} asks for {beyond[0]}.'
+            f'{len(maps) - 1}; levels={tuple(levels)} asks for {beyond[0]}. '
+            f'Choose among those that are there with levels=, for a teacher '
+            f'with teacher_levels=.'
         )
     return tuple(maps[level] for level in levels)
 

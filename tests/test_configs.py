@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import datetime
 import re
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import rois
+import rotation
 import tiny
 import torch
 import yaml
@@ -22,7 +22,6 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 
 from mmkd.configs import OWN_KEYS, read_config, student_config
-from mmkd.laboratory.catalogue import sample
 
 ROOT = Path(__file__).parents[1]
 COCO_CLASSES = 80
@@ -354,8 +353,7 @@ def assert_loads_in_the_plain_student(student, model: ConfigDict) -> None:
 
 
 TAUGHT = [path for path in PATHS if teachers_in(path)]
-#: Others each day; `make test-slow` trains them all.
-TODAYS = sample(TAUGHT, datetime.date.today().isoformat(), count=20)
+MARKS = rotation.marks(TAUGHT, count=20)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +363,7 @@ TODAYS = sample(TAUGHT, datetime.date.today().isoformat(), count=20)
             teachers_in(path),
             path,
             id=path.stem,
-            marks=() if path in TODAYS else pytest.mark.slow,
+            marks=MARKS[path],
         )
         for path in TAUGHT
     ],

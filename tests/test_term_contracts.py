@@ -5,19 +5,19 @@ Teachers have random weights here.
 """
 
 import copy
-import datetime
 import re
 from pathlib import Path
 
 import pytest
 import rois
+import rotation
 import tiny
 import torch
 from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
 
 from mmkd.configs import read_config
-from mmkd.laboratory.catalogue import sample, tiny_configs
+from mmkd.laboratory.catalogue import tiny_configs
 
 ROOT = Path(__file__).parents[1]
 BASES = ROOT / 'configs' / '_base_' / 'tiny'
@@ -179,7 +179,6 @@ def test_what_a_teacher_says_counts(student):
 ADVICE = re.compile(
     r'\b(add|set|use|take|choose|pair|give|name|did you mean|it has)\b', re.I
 )
-TODAY = datetime.date.today().isoformat()
 
 
 def wide(model):
@@ -201,17 +200,50 @@ def of_two_stages(model):
     return read_config(BASES / 'faster_rcnn_teacher.py').model
 
 
-def check_refusal(path, change, tmp_path):
+def of_one_stage(model):
+    return read_config(BASES / 'retinanet_teacher.py').model
+
+
+TAUGHT = [path for path in PATHS if 'teachers=dict()' not in path.read_text()]
+CHANGES = {
+    change: rotation.marks(TAUGHT, count=8, what=change.__name__)
+    for change in (
+        *(wide, of_other_classes, of_another_head),
+        *(of_two_stages, of_one_stage),
+    )
+}
+
+
+def two_stages(path):
+    return 'rcnn.py' in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ('path', 'change'),
+    [
+        pytest.param(
+            path,
+            change,
+            id=f'{path.stem}-{change.__name__}',
+            marks=marks[path],
+        )
+        for change, marks in CHANGES.items()
+        for path in TAUGHT
+        if (change is of_one_stage) == two_stages(path)
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_with_advice(
+    path, change, tmp_path, monkeypatch
+):
     """Either it teaches, or the model is not built, for a reason."""
+    monkeypatch.chdir(ROOT)
+    init_default_scope('mmdet')
     model = read_config(path).model
     for name, teacher in model.teachers.items():
-        other = read_config(teacher.config).model
-        if 'bbox_head' not in other:
-            pytest.skip('its teacher has two stages')
-        teacher.config = dict(model=change(other))
+        other = change(read_config(teacher.config).model)
         file = tmp_path / f'{name}.pth'
-        tiny.save_teacher(teacher.config['model'], file)
-        teacher.checkpoint = str(file)
+        tiny.save_teacher(other, file)
+        teacher.config, teacher.checkpoint = dict(model=other), str(file)
     try:
         student = MODELS.build(model)
     except ValueError as error:
@@ -225,28 +257,3 @@ def check_refusal(path, change, tmp_path):
     student.init_weights()
     found = shares(student.train(), *batch(student))
     assert all(value.isfinite() for value in found.values())
-
-
-REFUSALS = [
-    pytest.param(
-        path,
-        change,
-        id=f'{path.stem}-{change.__name__}',
-        marks=()
-        if path in sample(PATHS, f'{TODAY} {change.__name__}', count=8)
-        else pytest.mark.slow,
-    )
-    for path in PATHS
-    if read_config(path).model.teachers
-    for change in (wide, of_other_classes, of_another_head, of_two_stages)
-]
-
-
-@pytest.mark.parametrize(('path', 'change'), REFUSALS)
-def test_a_teacher_that_does_not_fit_is_refused_with_advice(
-    path, change, tmp_path, monkeypatch
-):
-    """Some of the pairs each day, all of them with the slow tests."""
-    monkeypatch.chdir(ROOT)
-    init_default_scope('mmdet')
-    check_refusal(path, change, tmp_path)

@@ -7,10 +7,8 @@ with each commit, learn for a few steps.
 from __future__ import annotations
 
 import ast
-import datetime
 import inspect
 import math
-import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import runs
 import tiny
 from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
+from rotation import TODAY
 
 from mmkd.configs import OWN_KEYS, read_config, student_config
 from mmkd.datasets.shapes import TINY, prepare_shapes
@@ -164,23 +163,6 @@ def test_builds(path):
 
 
 # Two of them learn -----------------------------------------------------------
-
-
-def today() -> str:
-    """What chooses the sample: the commit, or the day where there is none."""
-    try:
-        return subprocess.run(
-            ['git', 'rev-parse', '--short', 'HEAD'],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-
-
-TODAY = today()
 
 
 @pytest.fixture(scope='module')
