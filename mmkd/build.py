@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -63,6 +64,7 @@ def build(
             arguments.
     """
     kind = find(config, role, registry)
+    _check_settings(config, role, kind)
     arguments = {**defaults, **config, 'type': kind}
     try:
         # Its class is known, so that any registry would do; one without
@@ -72,3 +74,16 @@ def build(
         raise ValueError(
             f'{role} of type {config["type"]!r}: {error}'
         ) from error
+
+
+def _check_settings(config: Mapping, role: str, kind: Callable) -> None:
+    """A misspelt setting is told the nearest, where all are known."""
+    known = inspect.signature(kind).parameters.values()
+    if any(one.kind is one.VAR_KEYWORD for one in known):
+        return
+    names = [one.name for one in known]
+    for name in config:
+        if name not in ('type', '_scope_'):
+            check_name(
+                f'{role} of type {config["type"]!r}', 'setting', name, names
+            )

@@ -109,3 +109,19 @@ def test_building_draws_nothing_that_the_component_does_not():
     torch.manual_seed(0)
     build(dict(type='mmkd.PKDLoss'), 'loss', MODELS)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_misspelt_setting_is_told_the_nearest():
+    with pytest.raises(
+        ValueError,
+        match=r"loss of type 'mmkd.PKDLoss' has no setting 'loss_wieght'\. "
+        r"Did you mean 'loss_weight'",
+    ):
+        build(dict(type='mmkd.PKDLoss', loss_wieght=1.0), 'loss')
+
+
+def test_what_takes_any_setting_is_asked_itself():
+    def kind(**settings):
+        return settings
+
+    assert build(dict(type=kind, anything=1), 'it') == dict(anything=1)
