@@ -136,6 +136,11 @@ def resolve(detector: nn.Module, path: str) -> tuple[nn.Module, str]:
     return owner, 'forward'
 
 
+def in_forward(detector: nn.Module, path: str) -> bool:
+    """Whether a tap is reached without computing the detector's losses."""
+    return resolve(detector, path)[1].startswith('forward')
+
+
 def _part(owner: nn.Module, name: str) -> Any:
     child = owner._modules.get(name)
     return child if child is not None else getattr(owner, name, None)

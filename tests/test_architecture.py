@@ -26,6 +26,7 @@ ORDER = (
     'necks',
     'backbones',
     'taps',
+    'phases',
     'memory',
     'teachers',
     'terms',

@@ -23,12 +23,13 @@ from mmkd.checks import check_name
 from mmkd.classes import head_classes
 from mmkd.distillers.guard import Guard
 from mmkd.distillers.unlabelled import labelled_first, partly_labelled
+from mmkd.phases import Phase, Phases
 from mmkd.pixels import Pixels
 from mmkd.randomness import preserved, stream_seed
 from mmkd.registry import DETECTORS, MODELS
 from mmkd.structures import Step
 from mmkd.structures.step import Shower
-from mmkd.taps import Record, recording, resolve
+from mmkd.taps import Record, in_forward, recording
 from mmkd.teachers import Teacher, Teachers, run_detector
 
 #: Side of the random image on which pairs are checked while the model is
@@ -38,7 +39,11 @@ CHECK_SIZE = 128
 
 @MODELS.register_module(name='Distiller')
 def distil(
-    student: str | Mapping, teachers: Mapping, terms: Mapping, **detector: Any
+    student: str | Mapping,
+    teachers: Mapping,
+    terms: Mapping,
+    phases: Sequence[Mapping] | None = None,
+    **detector: Any,
 ) -> BaseModel:
     """The student's detector, extended to learn from its teachers.
 
@@ -57,6 +62,9 @@ def distil(
             whole config.
         teachers: Arguments of :class:`mmkd.teachers.Teacher`, by name.
         terms: Configs of the summands; term ``pkd`` logs ``loss_kd_pkd``.
+        phases: Arguments of :class:`mmkd.phases.Phase` of each part of the
+            training: what is trained in it, and by which terms. Everything
+            throughout if None.
         **detector: Arguments of the student where ``student`` is a type.
 
     Returns:
@@ -73,7 +81,7 @@ def distil(
         config = dict(detector, type=student)
     model = DETECTORS.build(config)
     model.__class__ = distilling(type(model))
-    model.attach(teachers, terms)
+    model.attach(teachers, terms, phases)
     return model
 
 
@@ -113,10 +121,16 @@ class Distilling:
     student_class: type[BaseModel]
     teachers: Teachers
     terms: nn.ModuleDict
+    phases: Phases
     #: Shown this step and its losses, see ``DiagnosticsHook``.
     observer: Observer | None = None
 
-    def attach(self, teachers: Mapping, terms: Mapping) -> None:
+    def attach(
+        self,
+        teachers: Mapping,
+        terms: Mapping,
+        phases: Sequence[Mapping] | None = None,
+    ) -> None:
         """Build teachers and terms, and check that they fit the student.
 
         The random state is left as it was, so that the student starts from
@@ -146,6 +160,8 @@ class Distilling:
                     for teacher in term.teacher_names:
                         _same_count(name, self, self.teachers[teacher])
             self._check_pair()
+        self.phases = Phases(phases)
+        self.phases.check(self)
         self.teachers.mention_missing_files()
 
     def init_weights(self) -> None:
@@ -170,24 +186,26 @@ class Distilling:
         self.teachers.load()
         self._check_classes()
         iteration, progress = position()
+        phase = self._enter(progress)
         active = {
             name: factor
             for name, term in self.terms.items()
-            if not term.silent() and (factor := term.schedule(progress))
+            if phase.counts(name)
+            and not term.silent()
+            and (factor := term.schedule(progress))
         }
         paths = self._student_paths(active)
         if self.observer is not None:
             paths = list(dict.fromkeys([*paths, *self.observer.paths]))
-        images, samples, known = labelled_first(
-            batch_inputs, batch_data_samples
-        )
-        if known < len(samples):
-            losses, record = partly_labelled(
-                self, super().loss, images, samples, known, paths
+        images, samples = batch_inputs, list(batch_data_samples)
+        if phase.supervised:
+            images, samples, losses, record = self._supervised(
+                images, samples, paths
             )
         else:
-            with recording(self, paths) as record:
-                losses = super().loss(images, samples)
+            losses = {}
+            with recording(self, paths, stop=True) as record:
+                run_detector(self, images, samples)
         step = self._step(
             record,
             images,
@@ -209,6 +227,39 @@ class Distilling:
                 self.observer(step, losses)
         self._guard.watch(losses, iteration)
         return losses
+
+    def _supervised(
+        self, images: Tensor, samples: list, paths: list[str]
+    ) -> tuple[Tensor, list, dict, Record]:
+        """The student's own losses; its annotated images come first."""
+        images, samples, known = labelled_first(images, samples)
+        if known < len(samples):
+            losses, record = partly_labelled(
+                self, super().loss, images, samples, known, paths
+            )
+        else:
+            with recording(self, paths) as record:
+                losses = super().loss(images, samples)
+        return images, samples, losses, record
+
+    def train(self, mode: bool = True) -> BaseModel:
+        """As the student's; what the phase does not train keeps still."""
+        super().train(mode)
+        if mode and hasattr(self, 'phases'):
+            self.phases.rest(self)
+        return self
+
+    def _enter(self, progress: float) -> Phase:
+        """The phase at a progress; what it trains is set when it begins."""
+        phase = self.phases.enter(progress, self)
+        if phase is not None and self.phases.given:
+            self.train(self.training)
+            print_log(
+                f'Phase {self.phases.number(phase)} of {len(self.phases)} '
+                f'{phase}.',
+                logger='current',
+            )
+        return self.phases.at(progress)
 
     def _student_paths(self, names: Mapping | list[str]) -> list[str]:
         paths = [
@@ -268,7 +319,7 @@ class Distilling:
         paths = [
             path
             for path in self._student_paths(list(self.terms))
-            if resolve(self, path)[1].startswith('forward')
+            if in_forward(self, path)
         ]
         try:
             with (
@@ -278,7 +329,7 @@ class Distilling:
             ):
                 self.eval()
                 run_detector(self, images, samples)
-            step = self._step(record, images, samples)
+            step = self._step(record, images, samples, dry=True)
             for name in self.teachers:
                 step.teacher(name)
         except Exception as error:  # any detector's own trouble

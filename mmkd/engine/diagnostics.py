@@ -127,6 +127,8 @@ class _Observer:
     def _losses(
         self, step: Step, losses: Mapping[str, Any]
     ) -> dict[str, Tensor]:
+        if not step.losses:
+            return {}  # a phase without them: nothing to compare with
         detection = detection_loss(step.losses)
         total = detection_loss(losses).detach()
         maps = [

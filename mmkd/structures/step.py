@@ -46,7 +46,10 @@ class Step:
         samples: mmdet's sample of each image.
         progress: Position in the training, [0, 1].
         iteration: Iterations done before this one.
-        losses: The student's own losses, by name; none in a dry pass.
+        losses: The student's own losses, by name; none in a dry pass, or in a
+            phase without them.
+        dry: Whether shapes are looked at while the model is built, before
+            there are weights.
         teachers: Shows images to a teacher, by name.
     """
 
@@ -56,6 +59,7 @@ class Step:
     progress: float = 0.0
     iteration: int = 0
     losses: Mapping[str, Any] = field(default_factory=dict)
+    dry: bool = False
     teachers: Mapping[str, Shower] = field(default_factory=dict)
     _ran: dict[str, Outputs] = field(default_factory=dict, repr=False)
 

@@ -122,13 +122,13 @@ class AssistantTerm(GroupTerm):
             fed(self.heads, maps),
             recording(self.heads, paths) as record,
         ):
-            if step.losses:
+            if not step.dry:
                 own = self.heads.loss(step.images, step.samples)
                 parts.update(self._own(own))
             else:  # a look at shapes while the model is built
                 run_detector(self.heads, step.images, step.samples)
         step = replace(step, student=record)
-        if not step.losses:
+        if step.dry:
             for name, term in self.terms.items():
                 factors[name] *= term.checkable(step)
         return {**parts, **self.said(step, factors)}

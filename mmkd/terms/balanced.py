@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from mmengine.dist import all_reduce
@@ -66,6 +66,9 @@ class BalancedTerm(GroupTerm):
         they cost no pass through the backbone.
     """
 
+    #: No phase without the detection loss can have it.
+    needs_detection: ClassVar[bool] = True
+
     def __init__(
         self,
         terms: Mapping[str, Mapping],
@@ -103,7 +106,7 @@ class BalancedTerm(GroupTerm):
     def forward(self, step: Step) -> dict[str, Tensor]:
         factors = self.factors(step)
         shares = self.shares(step, factors)
-        if step.losses and step.iteration % self.interval == 0:
+        if not step.dry and step.iteration % self.interval == 0:
             self._measure(step, shares, factors)
         parts: dict[str, Tensor] = {}
         zero = step.images.new_zeros(())

@@ -112,8 +112,8 @@ class FoundationTerm(Term):
     def forward(self, step: Step) -> Tensor:
         feature = self._map(step)
         (projected,) = self.projector((feature,))
-        # While the model is checked there are no losses, and no weights yet.
-        if not step.losses:
+        # There may be no weights yet.
+        if step.dry:
             return step.images.new_zeros(())
         target = self._target(step, projected.shape)
         cosine = (unit(projected, 1) * unit(target, 1)).sum(1, keepdim=True)

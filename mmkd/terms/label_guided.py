@@ -129,9 +129,8 @@ class LabelGuidedTerm(Term):
             gt = GroundTruth.from_samples(samples, images)
         seen = [one.detach() for one in maps] if self.detach else maps
         knowledge = self.instructor(seen, gt)
-        # While the model is checked there are no losses, and no weights yet.
         task = step.images.new_zeros(())
-        if step.losses:
+        if not step.dry:
             detector = step.student.detector
             with fed(detector, knowledge), still_statistics(detector):
                 losses = detector.student_class.loss(detector, images, samples)

@@ -112,8 +112,7 @@ class LearnedMaskTerm(FeatureTerm):
         share = super().forward(step)
         parts = share if isinstance(share, dict) else dict(feature=share)
         parts['masks'] = step.images.new_zeros(())
-        # While the model is checked there are no losses and no weights.
-        if step.losses and step.progress < self.learn_until:
+        if not step.dry and step.progress < self.learn_until:
             task, overlap = self._learn(step)
             parts['masks'] = (
                 self.task_weight * task + self.overlap_weight * overlap

@@ -26,7 +26,7 @@ class Outputs:
         return self.values[path]
 
 
-def step_of(maps, neck=None, iteration=0, losses=None, target=None):
+def step_of(maps, neck=None, iteration=0, losses=None, target=None, dry=False):
     """A step whose detection loss is 3 times the sum of its maps."""
     if losses is None:
         losses = dict(loss_cls=3 * maps.sum(), acc=maps.sum())
@@ -39,6 +39,7 @@ def step_of(maps, neck=None, iteration=0, losses=None, target=None):
         samples=tiny.batch()[1],
         iteration=iteration,
         losses=losses,
+        dry=dry,
         teachers=dict(big=lambda images, grad: Outputs(neck=(target,))),
     )
 
@@ -146,7 +147,7 @@ def test_before_the_first_measurement_nothing_counts(maps):
 def test_a_dry_pass_measures_nothing(maps):
     term = BalancedTerm(dict(mimic=MIMIC))
     with torch.no_grad():
-        term(step_of(maps, losses={}))
+        term(step_of(maps, losses={}, dry=True))
     assert term.norms.tolist() == [0]
 
 
