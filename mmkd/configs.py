@@ -13,6 +13,8 @@ from mmkd.checks import suggest
 
 #: Keys that a distillation config adds to the student's own ``model``.
 OWN_KEYS = ('student', 'teachers', 'terms')
+#: Further ones, which a config may leave out.
+OPTIONAL_KEYS = ('phases',)
 
 
 def read_config(
@@ -121,5 +123,6 @@ def student_config(model: Mapping) -> ConfigDict:
     student = model['student']
     if isinstance(student, Mapping):
         return ConfigDict(student)
-    plain = {key: model[key] for key in model if key not in OWN_KEYS}
+    own = (*OWN_KEYS, *OPTIONAL_KEYS)
+    plain = {key: model[key] for key in model if key not in own}
     return ConfigDict(plain, type=student)

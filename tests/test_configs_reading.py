@@ -99,3 +99,10 @@ def test_the_distillation_config_keeps_its_keys():
     distilled = tiny.distilled(tiny.retinanet(), dict(), dict())
     student_config(distilled)
     assert set(OWN_KEYS) <= set(distilled)
+
+
+def test_phases_are_not_the_students():
+    model = dict(
+        type='mmkd.Distiller', student='FCOS', terms={}, phases=[dict()]
+    )
+    assert student_config(model) == dict(type='FCOS')
