@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from mmengine.config import Config, ConfigDict
 
-from mmkd.configs import OWN_KEYS, student_config
+from mmkd.configs import OPTIONAL_KEYS, OWN_KEYS, student_config
 from mmkd.laboratory.runs import iterations
 from mmkd.recipes import RECIPES, Pair, inherits, recipe
 
@@ -91,9 +91,9 @@ def distilled(
     teacher = dict(teacher)
     shown_another = teacher.pop('sham', False)
     if own is not None:
-        terms, teacher = _taken_from(own, teacher, method)
+        added, teacher = _taken_from(own, teacher, method)
     else:
-        terms = recipe(method, pair, share)
+        added = dict(terms=recipe(method, pair, share))
         teacher = dict(teacher, inherit=inherits(method))
     settings = copy.deepcopy(student)
     plain = student_config(settings.model)
@@ -103,7 +103,7 @@ def distilled(
         type='mmkd.Distiller',
         student=kind,
         teachers={pair.teacher: dict(teacher, sham=shown_another)},
-        terms=terms,
+        **added,
     )
     settings.custom_hooks = [
         *(settings.get('custom_hooks') or []),
@@ -170,6 +170,7 @@ def unlabelled(arm: Arm) -> Arm:
 def _taken_from(
     own: Config, teacher: Mapping, method: str
 ) -> tuple[dict, dict]:
+    """What a config adds to the student's model, and its teacher."""
     missing = [key for key in OWN_KEYS if key not in own.model]
     if missing:
         raise ValueError(
@@ -183,9 +184,12 @@ def _taken_from(
             f'has one.'
         )
     name, (extra,) = 'teacher', own.model.teachers.values()
-    terms = copy.deepcopy(own.model.terms.to_dict())
-    _rename(terms, next(iter(own.model.teachers)), name)
-    return terms, dict(teacher, inherit=extra.get('inherit', False))
+    model = copy.deepcopy(own.model.to_dict())
+    added = {
+        key: model[key] for key in ('terms', *OPTIONAL_KEYS) if key in model
+    }
+    _rename(added['terms'], next(iter(own.model.teachers)), name)
+    return added, dict(teacher, inherit=extra.get('inherit', False))
 
 
 def _rename(terms: dict, old: str, new: str) -> None:

@@ -86,12 +86,14 @@ def test_a_users_own_config_is_a_method(student, teacher, pair, tmp_path):
         "model = dict(type='mmkd.Distiller', student='RetinaNet',\n"
         "    teachers=dict(big=dict(config='x.py', inherit=('neck',))),\n"
         "    terms=dict(own=dict(type='mmkd.FeatureTerm', teacher='big',\n"
-        "        loss=dict(type='mmkd.PKDLoss'))))\n"
+        "        loss=dict(type='mmkd.PKDLoss'))),\n"
+        "    phases=[dict(freeze='neck')])\n"
         'optim_wrapper = dict(clip_grad=dict(max_norm=35))\n'
     )
     arm = arms.distilled(student, teacher, pair, str(file))
     assert arm.name == 'mine'
     assert arm.settings.model.terms.own.teacher == 'teacher'
+    assert arm.settings.model.phases == [dict(freeze='neck')]
     given = arm.settings.model.teachers.teacher
     assert given.config == 'teacher.py'
     assert given.inherit == ('neck',)
