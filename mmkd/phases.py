@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import nn
 
 from mmkd.checks import check_name, check_positive, suggest
@@ -92,6 +93,7 @@ class Phases:
 
     Attributes:
         given: Whether any were named.
+        now: The present one; None before the first step.
 
     Raises:
         ValueError: If there is none, or a setting is unknown.
@@ -103,6 +105,12 @@ class Phases:
     """
 
     def __init__(self, configs: Sequence[Mapping] | None = None) -> None:
+        if configs is not None and not _is_list(configs):
+            raise ValueError(
+                f'Distiller takes phases as a list of dicts, one a phase, got '
+                f'phases={configs!r}. Write for instance '
+                f"phases=[dict(train='backbone'), dict(train='neck')]."
+            )
         if configs is not None and not configs:
             raise ValueError(
                 'Distiller got phases=[], a training without a phase. Leave '
@@ -113,7 +121,7 @@ class Phases:
             for number, config in enumerate(configs or [{}], 1)
         ]
         self.given = configs is not None
-        self._now: Phase | None = None
+        self.now: Phase | None = None
         self._trainable: dict[str, bool] = {}
 
     def __len__(self) -> int:
@@ -131,9 +139,11 @@ class Phases:
                 return phase
         return self.phases[-1]
 
-    def number(self, phase: Phase) -> int:
-        return next(
-            number for number, one in enumerate(self.phases, 1) if one is phase
+    @property
+    def number(self) -> int:
+        """That of the present phase, from 1."""
+        return 1 + next(
+            index for index, one in enumerate(self.phases) if one is self.now
         )
 
     def check(self, model: nn.Module) -> None:
@@ -217,22 +227,42 @@ class Phases:
                     f'supervised out, or tap a part that the forward runs.'
                 )
 
-    def enter(self, progress: float, model: nn.Module) -> Phase | None:
-        """Move on to the phase at a progress; what it is, if it is another.
+    def enter(self, progress: float, model: nn.Module) -> bool:
+        """Move on to the phase at a progress; whether it is another.
 
         What is not trained loses its gradient, so that no optimiser touches
         it.
         """
         phase = self.at(progress)
-        if phase is self._now:
-            return None
+        if phase is self.now:
+            return False
         for name, one in model.named_parameters():
             allowed = self._trainable.setdefault(name, one.requires_grad)
             one.requires_grad_(allowed and phase.trains(name))
             if not one.requires_grad:
                 one.grad = None
-        self._now = phase
-        return phase
+        self.now = phase
+        return True
+
+    def check_reach(self, losses: Mapping[str, Any]) -> None:
+        """What counts must depend on what is trained.
+
+        Args:
+            losses: Of a step.
+
+        Raises:
+            RuntimeError: If no loss has a gradient.
+        """
+        if torch.is_grad_enabled() and not any(
+            one.requires_grad
+            for loss in losses.values()
+            for one in (loss if isinstance(loss, (list, tuple)) else [loss])
+        ):
+            raise RuntimeError(
+                f'Phase {self.number} {self.now}, but none of its losses '
+                f'depends on what it trains. Train a part before the taps of '
+                f'its terms, or name terms that tap after it.'
+            )
 
     def rest(self, model: nn.Module) -> None:
         """Keep the statistics of what is not trained as they are.
@@ -240,11 +270,17 @@ class Phases:
         Only what has no parts of its own is put into evaluation: heads may
         compute another thing there.
         """
-        if self._now is None:
+        if self.now is None:
             return
         for name, module in model.named_modules():
-            if name and _is_leaf(module) and not self._now.trains(name):
-                module.eval()
+            if name and _is_leaf(module) and not self.now.trains(name):
+                module.training = False  # what it holds may be trained
+
+
+def _is_list(configs: Any) -> bool:
+    return isinstance(configs, (list, tuple)) and all(
+        isinstance(one, Mapping) for one in configs
+    )
 
 
 def _names(value: Any) -> Any:

@@ -1,9 +1,13 @@
 """Phases: what changes when, what counts, and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 
+from mmkd.engine.diagnostics import DiagnosticsHook
+from mmkd.engine.preflight import check_phases
 from mmkd.phases import Phase, Phases
 from mmkd.teachers import Teacher
 
@@ -20,6 +24,16 @@ STAGES = [
     dict(train='backbone.layer2', terms='c3', supervised=False, length=3),
     dict(train=('neck', 'bbox_head'), terms=(), length=6),
 ]
+
+
+class Watcher:
+    paths = ()
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def __call__(self, step, losses):
+        self.seen.append(step)
 
 
 def stage(level):
@@ -187,6 +201,14 @@ def test_a_part_of_a_term_may_be_frozen(teachers, hub):
     )
 
 
+def test_what_is_trained_inside_of_what_rests_goes_on(teachers, hub):
+    phases = [dict(train='backbone.layer1.1')]
+    model = build(teachers, phases, norm_eval=False)
+    model.loss(*tiny.batch())
+    assert model.backbone.layer1[1].bn1.training
+    assert not model.backbone.layer1[0].bn1.training
+
+
 # What counts -----------------------------------------------------------------
 
 
@@ -221,6 +243,32 @@ def test_without_the_detection_loss_the_student_runs_as_far_as_taps_ask(
     assert model.loss(*tiny.batch())['loss_kd_c2'] > 0
 
 
+def test_without_the_detection_loss_annotated_images_still_come_first(
+    teachers, hub
+):
+    """Terms that read labels rely on it."""
+    model = build(teachers)
+    images, samples = tiny.batch()
+    del samples[0].gt_instances
+    seen = []
+    model.observer = Watcher(seen)
+    model.loss(images, samples)
+    (step,) = seen
+    assert step.samples == samples[::-1]
+    assert torch.equal(step.images, images.flip(0))
+
+
+def test_diagnostics_look_at_a_phase_without_the_detection_loss(
+    teachers, hub, tmp_path
+):
+    model = build(teachers)
+    hook = DiagnosticsHook()
+    hook.before_train_iter(SimpleNamespace(model=model, iter=0), 0)
+    model.loss(*tiny.batch())
+    assert 'big_scores' in hook._found
+    assert 'c2_share' not in hook._found
+
+
 def test_where_no_term_counts_no_teacher_runs(teachers, hub, monkeypatch):
     model = build(teachers)
     monkeypatch.setattr(Teacher, 'run', None)
@@ -244,6 +292,8 @@ def test_a_phase_says_what_it_does():
     ('phases', 'message'),
     [
         ([], 'a training without a phase'),
+        (dict(train='neck'), 'a list of dicts, one a phase, got phases='),
+        (['neck'], 'a list of dicts, one a phase, got phases='),
         ([dict(trains='neck')], "setting 'trains'. Did you mean 'train'"),
         ([dict(length=0)], 'Phase 1 needs length > 0, got length=0'),
         (
@@ -291,3 +341,20 @@ def test_a_term_that_needs_the_detection_loss_is_refused_without_it(
 ):
     with pytest.raises(ValueError, match=message):
         build(teachers, [dict(supervised=False)], dict(late=term))
+
+
+def test_terms_that_do_not_reach_what_is_trained_are_refused(teachers, hub):
+    term = dict(stage(0), teacher_tap='neck', teacher_levels=0)
+    term.update(align=None, tap='neck')
+    phase = dict(train='bbox_head', supervised=False)
+    model = build(teachers, [phase], dict(near=term))
+    with pytest.raises(RuntimeError, match='none of its losses depends on'):
+        model.loss(*tiny.batch())
+
+
+def test_several_processes_must_not_wait_for_what_rests(teachers):
+    model = build(teachers)
+    with pytest.raises(ValueError, match='find_unused_parameters=True'):
+        check_phases(model, dict())
+    check_phases(model, dict(find_unused_parameters=True))
+    check_phases(build(teachers, phases=None), dict())

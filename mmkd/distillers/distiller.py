@@ -186,7 +186,7 @@ class Distilling:
         self.teachers.load()
         self._check_classes()
         iteration, progress = position()
-        phase = self._enter(progress)
+        phase = self._phase(progress)
         active = {
             name: factor
             for name, term in self.terms.items()
@@ -197,15 +197,20 @@ class Distilling:
         paths = self._student_paths(active)
         if self.observer is not None:
             paths = list(dict.fromkeys([*paths, *self.observer.paths]))
-        images, samples = batch_inputs, list(batch_data_samples)
-        if phase.supervised:
-            images, samples, losses, record = self._supervised(
-                images, samples, paths
-            )
-        else:
+        images, samples, known = labelled_first(
+            batch_inputs, batch_data_samples
+        )
+        if not phase.supervised:
             losses = {}
             with recording(self, paths, stop=True) as record:
                 run_detector(self, images, samples)
+        elif known < len(samples):
+            losses, record = partly_labelled(
+                self, super().loss, images, samples, known, paths
+            )
+        else:
+            with recording(self, paths) as record:
+                losses = super().loss(images, samples)
         step = self._step(
             record,
             images,
@@ -225,22 +230,10 @@ class Distilling:
         if self.observer is not None:
             with preserved():
                 self.observer(step, losses)
+        if self.phases.given:
+            self.phases.check_reach(losses)
         self._guard.watch(losses, iteration)
         return losses
-
-    def _supervised(
-        self, images: Tensor, samples: list, paths: list[str]
-    ) -> tuple[Tensor, list, dict, Record]:
-        """The student's own losses; its annotated images come first."""
-        images, samples, known = labelled_first(images, samples)
-        if known < len(samples):
-            losses, record = partly_labelled(
-                self, super().loss, images, samples, known, paths
-            )
-        else:
-            with recording(self, paths) as record:
-                losses = super().loss(images, samples)
-        return images, samples, losses, record
 
     def train(self, mode: bool = True) -> BaseModel:
         """As the student's; what the phase does not train keeps still."""
@@ -249,17 +242,16 @@ class Distilling:
             self.phases.rest(self)
         return self
 
-    def _enter(self, progress: float) -> Phase:
+    def _phase(self, progress: float) -> Phase:
         """The phase at a progress; what it trains is set when it begins."""
-        phase = self.phases.enter(progress, self)
-        if phase is not None and self.phases.given:
+        phases = self.phases
+        if phases.enter(progress, self) and phases.given:
             self.train(self.training)
             print_log(
-                f'Phase {self.phases.number(phase)} of {len(self.phases)} '
-                f'{phase}.',
+                f'Phase {phases.number} of {len(phases)} {phases.now}.',
                 logger='current',
             )
-        return self.phases.at(progress)
+        return phases.now
 
     def _student_paths(self, names: Mapping | list[str]) -> list[str]:
         paths = [

@@ -33,21 +33,10 @@ def labelled_first(
     Returns:
         Images and samples, as they are where all are labelled, and the number
         of those that are labelled.
-
-    Raises:
-        ValueError: If none is.
     """
     known = [index for index, one in enumerate(samples) if labelled(one)]
     if len(known) == len(samples):
         return images, list(samples), len(known)
-    if not known:
-        raise ValueError(
-            f'The distiller got a batch of {len(samples)} images none of '
-            f'which is labelled. Give every batch a labelled image: '
-            f"train_dataloader.sampler=dict(type='MultiSourceSampler', "
-            f'batch_size=4, source_ratio=[1, 3]) over a ConcatDataset of the '
-            f'labelled and the unlabelled set.'
-        )
     order = known + [
         index for index in range(len(samples)) if index not in set(known)
     ]
@@ -77,8 +66,17 @@ def partly_labelled(
         paths: Taps to record.
 
     Raises:
-        ValueError: If a tap is only reached while losses are computed.
+        ValueError: If no image is labelled, or a tap is only reached while
+            losses are computed.
     """
+    if not known:
+        raise ValueError(
+            f'The distiller got a batch of {len(samples)} images none of '
+            f'which is labelled. Give every batch a labelled image: '
+            f"train_dataloader.sampler=dict(type='MultiSourceSampler', "
+            f'batch_size=4, source_ratio=[1, 3]) over a ConcatDataset of the '
+            f'labelled and the unlabelled set.'
+        )
     rest = images[known:], samples[known:]
     with recording(detector, paths) as record:
         maps = detector.extract_feat(images)

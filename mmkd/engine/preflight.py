@@ -151,3 +151,25 @@ def check_classes(
         f'training data has {len(classes)} ({names}{more}). Type: '
         f'--cfg-options {settings}'
     )
+
+
+def check_phases(model: nn.Module, config: Mapping) -> None:
+    """DDP must not wait for gradients of what a phase does not train.
+
+    Args:
+        model: The detector, built.
+        config: The whole config, of a training with several processes.
+
+    Raises:
+        ValueError: Names the setting to add.
+    """
+    phases = getattr(model, 'phases', None)
+    if phases is None or not phases.given:
+        return
+    if not config.get('find_unused_parameters', False):
+        raise ValueError(
+            f'{type(model).__name__} trains in {len(phases)} phases; with '
+            f'several processes what rests must not be waited for, got '
+            f'find_unused_parameters=False. Type: --cfg-options '
+            f'find_unused_parameters=True'
+        )

@@ -14,7 +14,14 @@ from mmkd.terms.term import Term
 STEPS = 4
 
 
-def student(teacher_file, balanced=False):
+#: First by the teacher, then by the labels.
+PHASES = [
+    dict(train='backbone', terms='mimic', supervised=False),
+    dict(train=('neck', 'bbox_head'), terms=()),
+]
+
+
+def student(teacher_file, balanced=False, phases=None):
     """A tiny student with a term that has weights of its own."""
     teachers = dict(
         big=dict(
@@ -35,7 +42,9 @@ def student(teacher_file, balanced=False):
     if balanced:
         terms = dict(mimic=dict(type='mmkd.BalancedTerm', terms=terms))
         terms['mimic']['interval'] = 1
-    model = tiny.build(tiny.distilled(tiny.retinanet(), teachers, terms))
+    model = tiny.build(
+        tiny.distilled(tiny.retinanet(), teachers, terms, phases=phases)
+    )
     model.init_weights()
     return model
 
@@ -46,8 +55,9 @@ def train(model, rank):
     Returns:
         The wrapped model and what each step logged for the term.
     """
-    wrapped = MMDistributedDataParallel(module=model)
-    assert not wrapped.find_unused_parameters
+    wrapped = MMDistributedDataParallel(
+        module=model, find_unused_parameters=model.phases.given
+    )
     optimiser = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.01))
     hub = MessageHub.get_current_instance()
     hub.update_info('max_iters', STEPS)
@@ -66,9 +76,9 @@ def weights(model):
     return torch.cat([one.detach().flatten() for one in model.parameters()])
 
 
-def attempt(teacher_file, rank, balanced=False):
+def attempt(teacher_file, rank, balanced=False, phases=None):
     """What a run logged and whether all processes ended alike."""
-    model = student(teacher_file, balanced)
+    model = student(teacher_file, balanced, phases)
     before = weights(model.terms)
     try:
         logged = train(model, rank)
@@ -92,6 +102,7 @@ def work(rank, address, teacher_file, result):
     found = dict(
         touching=attempt(teacher_file, rank),
         balanced=attempt(teacher_file, rank, balanced=True),
+        phases=attempt(teacher_file, rank, phases=PHASES),
     )
     # As it would be if an idle term left its weights out of the step.
     Term.touch = lambda self: 0.0
@@ -123,6 +134,16 @@ def test_a_term_that_stops_half_way_needs_no_unused_parameters(runs):
 def test_both_processes_end_with_equal_weights(runs):
     for run in (one['touching'] for one in runs):
         assert run['processes'] == 2
+        assert run['alike']
+        assert run['learnt']
+
+
+def test_phases_follow_each_other_in_both_processes(runs):
+    for run in (one['phases'] for one in runs):
+        assert 'error' not in run, run['error']
+        assert [value > 0 for value in run['logged']] == [True] * 2 + [
+            False
+        ] * 2
         assert run['alike']
         assert run['learnt']
 
