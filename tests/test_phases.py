@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from torch import nn
 
 from mmkd.engine.diagnostics import DiagnosticsHook
 from mmkd.engine.preflight import check_phases
@@ -136,6 +137,8 @@ def test_a_phase_changes_its_stage_and_its_adapter_and_nothing_else(
     first = groups(model)
     stem = {'backbone.conv1', 'backbone.bn1', 'backbone.layer1'}
     assert changed(before, first) == {*stem, 'terms.c2'}
+    # DDP gives what has a gradient one of zero, and decay would move it.
+    assert not any(one.requires_grad for one in model.terms.c3.parameters())
     train(model, hub, 3, optimiser, first=3)
     second = groups(model)
     assert changed(first, second) == {'backbone.layer2', 'terms.c3'}
@@ -181,6 +184,26 @@ def test_what_the_detector_froze_stays_frozen(teachers, hub):
     assert model.backbone.layer1[0].conv1.weight.requires_grad
 
 
+def test_what_was_frozen_by_hand_stays_frozen(teachers, hub):
+    model = build(teachers)
+    weight = model.backbone.layer1[0].conv1.weight.requires_grad_(False)
+    model.loss(*tiny.batch())
+    assert not weight.requires_grad
+    assert model.backbone.layer1[0].conv2.weight.requires_grad
+
+
+def test_gradients_that_were_gathered_before_a_phase_move_nothing_in_it(
+    teachers, hub
+):
+    model = build(teachers)
+    at(hub, 2)
+    tiny.total(model.loss(*tiny.batch())).backward()
+    assert model.backbone.conv1.weight.grad is not None
+    at(hub, 3)
+    model.loss(*tiny.batch())
+    assert model.backbone.conv1.weight.grad is None
+
+
 def test_one_phase_may_freeze_a_part_throughout(teachers, hub):
     model = build(teachers, phases=[dict(freeze='bbox_head')])
     before = groups(model)
@@ -207,6 +230,34 @@ def test_what_is_trained_inside_of_what_rests_goes_on(teachers, hub):
     model.loss(*tiny.batch())
     assert model.backbone.layer1[1].bn1.training
     assert not model.backbone.layer1[0].bn1.training
+
+
+def test_a_list_of_layers_rests_alone(teachers, hub):
+    model = build(teachers, [dict(train='neck.fpn_convs.1')])
+    model.loss(*tiny.batch())
+    assert not model.neck.fpn_convs[0].conv.training
+    assert model.neck.fpn_convs[1].conv.training
+
+
+def test_attention_that_rests_drops_nothing():
+    """It reads its own mode, though it has parts."""
+    model = nn.ModuleDict(
+        dict(
+            attention=nn.MultiheadAttention(4, 2, dropout=0.5),
+            head=nn.Linear(4, 4),
+        )
+    )
+    phases = Phases([dict(train='head')])
+    phases.enter(0.0, model)
+    phases.rest(model)
+    assert not model['attention'].training
+    assert model['head'].training
+
+
+def test_a_name_that_begins_alike_is_another():
+    phase = Phase(train=('backbone.layer1',))
+    assert phase.trains('backbone.layer1.conv')
+    assert not phase.trains('backbone.layer10')
 
 
 # What counts -----------------------------------------------------------------
@@ -350,6 +401,8 @@ def test_terms_that_do_not_reach_what_is_trained_are_refused(teachers, hub):
     model = build(teachers, [phase], dict(near=term))
     with pytest.raises(RuntimeError, match='none of its losses depends on'):
         model.loss(*tiny.batch())
+    with torch.no_grad():
+        assert model.loss(*tiny.batch())['loss_kd_near'] > 0
 
 
 def test_several_processes_must_not_wait_for_what_rests(teachers):
