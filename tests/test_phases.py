@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from mmkd.engine.diagnostics import DiagnosticsHook
-from mmkd.engine.preflight import check_phases
 from mmkd.phases import Phase, Phases
 from mmkd.teachers import Teacher
 
@@ -403,11 +402,3 @@ def test_terms_that_do_not_reach_what_is_trained_are_refused(teachers, hub):
         model.loss(*tiny.batch())
     with torch.no_grad():
         assert model.loss(*tiny.batch())['loss_kd_near'] > 0
-
-
-def test_several_processes_must_not_wait_for_what_rests(teachers):
-    model = build(teachers)
-    with pytest.raises(ValueError, match='find_unused_parameters=True'):
-        check_phases(model, dict())
-    check_phases(model, dict(find_unused_parameters=True))
-    check_phases(build(teachers, phases=None), dict())

@@ -36,6 +36,7 @@ def check_training(config: Config, data: bool = True) -> Report:
         ValueError: If a file or the config cannot be what it is meant to be.
     """
     _check_keys(config, _TRAINING, 'train')
+    check_phases(config)
     if config.get('load_from'):
         _check_weights(config.load_from, 'load_from')
     for where, path in named_weights(config.model, 'model'):
@@ -73,6 +74,25 @@ def _check_keys(config: Config, keys: Sequence[str], verb: str) -> None:
             f'{config.filename!r} has no {", ".join(absent)}. Start from a '
             f"whole one: _base_ = 'mmdet::retinanet/"
             f"retinanet_r50_fpn_1x_coco.py'."
+        )
+
+
+def check_phases(config: Config) -> None:
+    """Several processes must not wait for what a phase does not train.
+
+    Raises:
+        ValueError: Names the setting to add.
+    """
+    alone = config.get('launcher', 'none') == 'none'
+    if alone or not config.model.get('phases'):
+        return
+    if not config.get('find_unused_parameters', False):
+        raise ValueError(
+            f'mmkd train starts several processes '
+            f'({config.launcher}) for a training in '
+            f'{len(config.model.phases)} phases, which needs '
+            f'find_unused_parameters=True: what rests has no gradient to '
+            f'wait for. Type: --cfg-options find_unused_parameters=True'
         )
 
 
@@ -151,25 +171,3 @@ def check_classes(
         f'training data has {len(classes)} ({names}{more}). Type: '
         f'--cfg-options {settings}'
     )
-
-
-def check_phases(model: nn.Module, config: Mapping) -> None:
-    """DDP must not wait for gradients of what a phase does not train.
-
-    Args:
-        model: The detector, built.
-        config: The whole config, of a training with several processes.
-
-    Raises:
-        ValueError: Names the setting to add.
-    """
-    phases = getattr(model, 'phases', None)
-    if phases is None or not phases.given:
-        return
-    if not config.get('find_unused_parameters', False):
-        raise ValueError(
-            f'{type(model).__name__} trains in {len(phases)} phases; with '
-            f'several processes what rests must not be waited for, got '
-            f'find_unused_parameters=False. Type: --cfg-options '
-            f'find_unused_parameters=True'
-        )

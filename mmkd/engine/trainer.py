@@ -38,7 +38,6 @@ from mmkd.engine.fit import Fit
 from mmkd.engine.interrupt import Interrupted, Interrupts
 from mmkd.engine.keep import keeping_class
 from mmkd.engine.loops import ResumableEpochLoop, ResumableIterLoop
-from mmkd.engine.preflight import check_phases
 from mmkd.engine.resume import ResumeHook, plain_model
 from mmkd.engine.start import Start
 
@@ -115,13 +114,7 @@ class Trainer(Runner):
     def wrap_model(
         self, model_wrapper_cfg: dict | None, model: nn.Module
     ) -> nn.Module:
-        """Wrap for DDP, on the CPU without device numbers.
-
-        Raises:
-            ValueError: If phases would leave DDP waiting for gradients.
-        """
-        if self.distributed and self._train_loop is not None:
-            check_phases(model, self.cfg)
+        """Wrap for DDP, on the CPU without device numbers."""
         if (
             self.distributed
             and model_wrapper_cfg is None

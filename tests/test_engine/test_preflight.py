@@ -5,6 +5,7 @@ import torch
 
 from mmkd.engine.preflight import (
     check_classes,
+    check_phases,
     check_testing,
     check_training,
     named_weights,
@@ -74,6 +75,18 @@ def test_a_test_needs_no_file_of_a_teacher(
     cfg.load_from = str(tmp_path / 'student.pth')
     torch.save(dict(state_dict={}), cfg.load_from)
     check_testing(cfg)
+
+
+def test_several_processes_must_not_wait_for_what_rests(cfg):
+    cfg.launcher = 'pytorch'
+    check_phases(cfg)
+    cfg.model.phases = [dict(train='backbone'), dict(train='neck')]
+    with pytest.raises(ValueError, match='2 phases, which needs find_unused'):
+        check_training(cfg)
+    cfg.find_unused_parameters = True
+    check_phases(cfg)
+    cfg.find_unused_parameters, cfg.launcher = False, 'none'
+    check_training(cfg)
 
 
 def test_heads_must_have_the_classes_of_the_data():
