@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 BASES = ROOT / 'configs' / '_base_' / 'tiny'
 PATHS = tiny_configs(ROOT)
 CLASSES = 6
-PROGRESS = 0.5
+ITERATIONS = 1000
 
 
 @pytest.fixture(scope='module')
@@ -70,10 +70,32 @@ def built(request, weights):
 
 @pytest.fixture
 def student(built, hub):
-    """A copy, in the middle of a training."""
-    hub.update_info('max_iters', 4)
-    hub.update_info('iter', 4 * PROGRESS)
+    """A copy, in the middle of a training, or of a phase with terms."""
+    hub.update_info('max_iters', ITERATIONS)
+    hub.update_info('iter', round(ITERATIONS * moment(built.phases)))
     return copy.deepcopy(built)
+
+
+def moment(phases):
+    """The middle of the longest phase in which a term counts."""
+    if not phases.given:
+        return 0.5
+    lengths = [one.length for one in phases]
+    longest = max(
+        (one for one in phases if one.terms != ()), key=lambda one: one.length
+    )
+    index = list(phases).index(longest)
+    return (sum(lengths[:index]) + longest.length / 2) / sum(lengths)
+
+
+def counting(student):
+    """Names of the terms that count now."""
+    progress = moment(student.phases)
+    return [
+        name
+        for name, term in student.terms.items()
+        if term.schedule(progress) and student.phases.at(progress).counts(name)
+    ]
 
 
 def batch(student, boxes=4, seed=0):
@@ -88,10 +110,8 @@ def batch(student, boxes=4, seed=0):
 def shares(student, images, samples, seed=1):
     """Shares of the terms that count now, the random numbers held fixed."""
     torch.manual_seed(seed)
-    idle = {
-        f'loss_kd_{name}'
-        for name, term in student.terms.items()
-        if not term.schedule(PROGRESS)
+    idle = {f'loss_kd_{name}' for name in student.terms} - {
+        f'loss_kd_{name}' for name in counting(student)
     }
     return {
         name: value
@@ -105,14 +125,27 @@ def test_gradient_reaches_the_backbone_and_every_weight(student):
     assert all(value > 0 for value in found.values())
     student.zero_grad()
     sum(found.values()).backward()
-    last = [*student.backbone.children()][-1]
-    assert all(one.grad.abs().sum() > 0 for one in last.parameters())
+    if student.phases.given:
+        last = [one for one in own(student) if one.requires_grad]
+    else:
+        last = [*[*student.backbone.children()][-1].parameters()]
+    assert last
+    assert all(one.grad.abs().sum() > 0 for one in last)
     assert [
         name
-        for key, term in student.terms.items()
-        for name, one in term.named_parameters(key)
-        if term.schedule(PROGRESS) and one.requires_grad and one.grad is None
+        for key in counting(student)
+        for name, one in student.terms[key].named_parameters(key)
+        if one.requires_grad and one.grad is None
     ] == []
+
+
+def own(student):
+    """Parameters of the student, without those of the terms."""
+    return [
+        one
+        for name, one in student.named_parameters()
+        if not name.startswith('terms.')
+    ]
 
 
 def test_no_gradient_reaches_a_teacher(student):
@@ -163,9 +196,7 @@ def test_what_a_teacher_says_counts(student):
             for one in teacher.detector.parameters():
                 one.add_(0.1 * one.abs().mean() * torch.randn_like(one))
     after = shares(student, *batch(student))
-    for name, term in student.terms.items():
-        if not term.schedule(PROGRESS):
-            continue
+    for name in counting(student):
         assert any(
             before[key] != after[key]
             for key in before

@@ -121,6 +121,10 @@ FAMILIES = {
         'single objects: where the two differ most, or one query each',
         *('gid', 'icd'),
     ),
+    'procedure': (
+        'what other methods compare: new is what is trained when, or on what',
+        *('sskd',),
+    ),
     'group': (
         'nothing itself; it weighs other terms, or chooses their teachers',
         *('BalancedTerm', 'mtpd', 'multi-teacher', 'self-teaching'),
@@ -143,6 +147,7 @@ TOLD_BY = {
     'score-l2': 'WeightedMSELoss',
     'mtpd': 'MGDLoss',
     'multi-teacher': 'PKDLoss',
+    'sskd': 'MimicLoss',
 }
 
 #: What is done in a folder whose method is how it uses another's loss. Its
@@ -150,6 +155,7 @@ TOLD_BY = {
 IDEAS = {
     'mtpd': 'Several teachers in turn, the nearer one first.',
     'multi-teacher': 'Several teachers at once, each a term of its own.',
+    'sskd': 'Stage by stage imitates, then the head learns from labels.',
 }
 
 #: Terms whose layers are known only beside the student and the teacher.
@@ -694,8 +700,8 @@ class Row:
             return self.method.paper()
         if not (found := self.citation):
             return '', ''
-        venue = f'{found["venue"]} {found["year"]}'
-        return venue, _link(found['address'])
+        venue = f'{found["venue"]} {found["year"]}'.strip()
+        return venue or found['address'], _link(found['address'])
 
     @property
     def source(self) -> str:
