@@ -9,12 +9,13 @@ import re
 from pathlib import Path
 
 import pytest
-import rois
 import rotation
+import taught_by
 import tiny
 import torch
 from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
+from taught_by import batch, counting, go_to, moment, own, shares, taught
 
 from mmkd.configs import read_config
 from mmkd.laboratory.catalogue import tiny_configs
@@ -22,22 +23,8 @@ from mmkd.laboratory.catalogue import tiny_configs
 ROOT = Path(__file__).parents[1]
 BASES = ROOT / 'configs' / '_base_' / 'tiny'
 PATHS = tiny_configs(ROOT)
-CLASSES = 6
-ITERATIONS = 1000
 
-
-@pytest.fixture(scope='module')
-def weights(tmp_path_factory):
-    """Random weights of a teacher, by its config, drawn once."""
-    folder, files = tmp_path_factory.mktemp('teachers'), {}
-
-    def weights(config):
-        if config not in files:
-            file = folder / f'{len(files)}.pth'
-            files[config] = tiny.save_teacher(read_config(config).model, file)
-        return str(files[config])
-
-    return weights
+weights = taught_by.weights
 
 
 @pytest.fixture(
@@ -50,74 +37,14 @@ def weights(tmp_path_factory):
     ],
 )
 def built(request, weights):
-    """A student after one step, so that its own average is another."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)  # tiny configs name their teachers from there
-        init_default_scope('mmdet')
-        model = read_config(request.param).model
-        for teacher in model.teachers.values():
-            teacher.checkpoint = weights(teacher.config)
-        torch.manual_seed(0)
-        student = MODELS.build(model)
-    student.init_weights()
-    student.train()
-    student.loss(*batch(student))
-    with torch.no_grad():
-        for one in student.backbone.parameters():
-            one.add_(0.02 * torch.randn_like(one))
-    return student
+    return taught(request.param, weights)
 
 
 @pytest.fixture
 def student(built, hub):
     """A copy, in the middle of a training, or of a phase with terms."""
-    hub.update_info('max_iters', ITERATIONS)
-    hub.update_info('iter', round(ITERATIONS * moment(built.phases)))
+    go_to(hub, moment(built.phases))
     return copy.deepcopy(built)
-
-
-def moment(phases):
-    """The middle of the longest phase in which a term counts."""
-    if not phases.given:
-        return 0.5
-    lengths = [one.length for one in phases]
-    longest = max(
-        (one for one in phases if one.terms != ()), key=lambda one: one.length
-    )
-    index = list(phases).index(longest)
-    return (sum(lengths[:index]) + longest.length / 2) / sum(lengths)
-
-
-def counting(student):
-    """Names of the terms that count now."""
-    progress = moment(student.phases)
-    return [
-        name
-        for name, term in student.terms.items()
-        if term.schedule(progress) and student.phases.at(progress).counts(name)
-    ]
-
-
-def batch(student, boxes=4, seed=0):
-    images, samples = tiny.batch(
-        shapes=((96, 96), (64, 80)), seed=seed, boxes=boxes, classes=CLASSES
-    )
-    if hasattr(getattr(student, 'roi_head', None), 'mask_head'):
-        rois.add_masks(samples)
-    return images, samples
-
-
-def shares(student, images, samples, seed=1):
-    """Shares of the terms that count now, the random numbers held fixed."""
-    torch.manual_seed(seed)
-    idle = {f'loss_kd_{name}' for name in student.terms} - {
-        f'loss_kd_{name}' for name in counting(student)
-    }
-    return {
-        name: value
-        for name, value in student.loss(images, samples).items()
-        if name.startswith('loss_kd_') and name not in idle
-    }
 
 
 def test_gradient_reaches_the_backbone_and_every_weight(student):
@@ -137,15 +64,6 @@ def test_gradient_reaches_the_backbone_and_every_weight(student):
         for name, one in student.terms[key].named_parameters(key)
         if one.requires_grad and one.grad is None
     ] == []
-
-
-def own(student):
-    """Parameters of the student, without those of the terms."""
-    return [
-        one
-        for name, one in student.named_parameters()
-        if not name.startswith('terms.')
-    ]
 
 
 def test_no_gradient_reaches_a_teacher(student):

@@ -1,0 +1,211 @@
+"""What every one of the 21 papers must keep, from one table.
+
+U1 to U7: the teacher stays as it is; the term alone teaches the backbone; the
+exported student is the student; images without boxes, padding and half
+precision are defined; without weight it is plain training; the paper's own
+property; the teacher counts.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import taught_by
+import tiny
+import torch
+import yaml
+from mmdet.registry import MODELS
+from mmengine.optim import OptimWrapper
+from mmengine.registry import init_default_scope
+from taught_by import batch, counting, go_to, moment, own, shares, taught
+
+from mmkd.configs import student_config
+from mmkd.schedules import Constant
+
+ROOT = Path(__file__).parents[2]
+weights = taught_by.weights
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One row.
+
+    Attributes:
+        folder: Of its configs.
+        arxiv: Its number.
+        tests: Where its own property (U6) is tested.
+        excused: Which of the shared tests cannot apply, and why.
+        tiny: Its tiny config; named like the folder if None.
+    """
+
+    folder: str
+    arxiv: str
+    tests: str
+    excused: dict[str, str] = field(default_factory=dict)
+    tiny: str | None = None
+
+    @property
+    def path(self) -> Path:
+        name = self.tiny or f'{self.folder}_tiny'
+        return ROOT / 'configs' / self.folder / 'tiny' / f'{name}.py'
+
+
+PAPERS = {
+    'SSKD': Paper('sskd', '1812.01819', 'test_papers/test_sskd.py'),
+    'CrossKD': Paper('crosskd', '2306.11369', 'test_terms/test_cross_head.py'),
+}
+
+
+@pytest.fixture(
+    scope='module',
+    params=[
+        pytest.param(name, marks=pytest.mark.xdist_group(f'paper {name}'))
+        for name in PAPERS
+    ],
+)
+def paper(request):
+    return PAPERS[request.param]
+
+
+@pytest.fixture(scope='module')
+def built(paper, weights):
+    return taught(paper.path, weights)
+
+
+@pytest.fixture
+def student(built, paper, request, hub):
+    """In the middle of a phase with terms; skipped where excused."""
+    shared = request.function.__name__.split('_')[1].upper()
+    if shared in paper.excused:
+        pytest.skip(f'{shared}: {paper.excused[shared]}')
+    go_to(hub, moment(built.phases))
+    return copy.deepcopy(built)
+
+
+def loaded(student, images, samples):
+    """The batch as a data loader hands it over."""
+    return tiny.pixels(images, samples)
+
+
+def optimiser_of(student):
+    learns = student.parameters()
+    return OptimWrapper(torch.optim.SGD(learns, lr=0.01, momentum=0.9))
+
+
+def test_u1_the_teacher_stays_as_it_is(student):
+    before = [
+        {key: one.clone() for key, one in one.detector.state_dict().items()}
+        for one in student.teachers.values()
+    ]
+    student.train_step(loaded(student, *batch(student)), optimiser_of(student))
+    for teacher, state in zip(student.teachers.values(), before):
+        for key, one in teacher.detector.state_dict().items():
+            assert torch.equal(one, state[key]), key
+        assert all(one.grad is None for one in teacher.detector.parameters())
+
+
+def test_u2_the_terms_alone_teach_the_backbone(student):
+    sum(shares(student, *batch(student)).values()).backward()
+    grads = [one.grad for one in student.backbone.parameters()]
+    assert any(one is not None and one.abs().sum() > 0 for one in grads)
+
+
+def test_u3_the_exported_student_is_the_student(student, paper):
+    init_default_scope('mmdet')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        plain = MODELS.build(
+            student_config(taught_by.read_config(paper.path).model)
+        )
+    state = {
+        key: one
+        for key, one in student.state_dict().items()
+        if not key.startswith('terms.')
+    }
+    plain.load_state_dict(state)
+    images, samples = batch(student)
+    with torch.no_grad():
+        found, wanted = (
+            one.eval().predict(images, copy.deepcopy(samples))
+            for one in (student, plain)
+        )
+    for one, other in zip(found, wanted):
+        for key in ('bboxes', 'scores', 'labels'):
+            assert torch.equal(
+                one.pred_instances[key], other.pred_instances[key]
+            )
+
+
+@pytest.mark.parametrize('boxes', [0, 4])
+@pytest.mark.parametrize('half', [False, True])
+def test_u4_it_is_defined_without_boxes_and_in_half(student, boxes, half):
+    with torch.autocast('cpu', torch.bfloat16, enabled=half):
+        found = shares(student, *batch(student, boxes=boxes))
+    sum(found.values()).backward()
+    grads = [one.grad for one in student.parameters() if one.grad is not None]
+    assert all(one.isfinite().all() for one in [*found.values(), *grads])
+
+
+def test_u5_without_weight_it_is_plain_training(paper, weights, hub):
+    if 'U5' in paper.excused:
+        pytest.skip(f'U5: {paper.excused["U5"]}')
+    go_to(hub, 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        init_default_scope('mmdet')
+        config = taught_by.tiny_model(paper.path, weights)
+        config.pop('phases', None)
+        students = []
+        for model in (config, student_config(config)):
+            torch.manual_seed(0)
+            student = MODELS.build(model)
+            student.init_weights()
+            students.append(student.train())
+    for term in students[0].terms.values():
+        term.schedule = Constant(0.0)
+    for student in students:
+        optimiser = optimiser_of(student)
+        torch.manual_seed(1)
+        for seed in range(2):
+            student.train_step(
+                loaded(student, *batch(student, seed=seed)), optimiser
+            )
+    distilled, plain = (own(student) for student in students)
+    assert len(distilled) == len(plain)
+    for one, other in zip(distilled, plain):
+        assert torch.equal(one, other)
+
+
+def test_u6_its_own_property_is_tested(paper):
+    text = (ROOT / 'tests' / paper.tests).read_text()
+    assert text.count('\ndef test_') >= 4
+
+
+def test_u7_the_teacher_counts(student):
+    before = shares(copy.deepcopy(student), *batch(student))
+    with torch.no_grad():
+        for teacher in student.teachers.values():
+            for one in teacher.detector.parameters():
+                one.add_(0.1 * one.abs().mean() * torch.randn_like(one))
+    after = shares(student, *batch(student))
+    for name in counting(student):
+        assert any(
+            before[key] != after[key]
+            for key in before
+            if key.startswith(f'loss_kd_{name}')
+        )
+
+
+def test_the_metafile_names_the_paper(paper):
+    file = ROOT / 'configs' / paper.folder / 'metafile.yml'
+    (collection,) = yaml.safe_load(file.read_text())['Collections']
+    assert collection['Paper']['URL'].endswith(paper.arxiv)
+
+
+def test_the_page_of_papers_tells_it(paper):
+    text = (ROOT / 'docs' / 'papers.md').read_text()
+    assert f'https://arxiv.org/abs/{paper.arxiv}' in text
+    assert f'configs/{paper.folder}' in text
