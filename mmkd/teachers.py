@@ -257,6 +257,20 @@ class Teacher:
             )
         return images.roll(-1, 0), [*samples[1:], *samples[:1]]
 
+    def check_heirlooms(self, student: nn.Module) -> None:
+        """Whether the parts that ``inherit`` names fit, by shapes alone.
+
+        Raises:
+            ValueError: If a part is unknown or differs in shape.
+        """
+        if not self.inherit:
+            return
+        for part in self._heirlooms(student):
+            own = getattr(student, part)
+            state = getattr(self.detector, part).state_dict()
+            shapes = {key: one.to('meta') for key, one in state.items()}
+            _check_heirloom(self, part, own, _given(own, shapes))
+
     def lend(self, student: nn.Module) -> None:
         """Start the student from the parts that ``inherit`` names.
 
@@ -283,11 +297,11 @@ class Teacher:
         shared = [
             name
             for name, _ in student.named_children()
-            if name not in ('backbone', 'data_preprocessor', 'terms')
+            if name not in ('data_preprocessor', 'terms')
             and isinstance(getattr(self.detector, name, None), nn.Module)
         ]
         if self.inherit is True:
-            parts = shared
+            parts = [name for name in shared if name != 'backbone']
         else:
             one = isinstance(self.inherit, str)
             parts = [self.inherit] if one else list(self.inherit)
@@ -312,7 +326,23 @@ def _fits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
 def _copy(
     teacher: Teacher, part: str, own: nn.Module, detector: nn.Module
 ) -> int:
-    given = getattr(detector, part).state_dict()
+    given = _given(own, getattr(detector, part).state_dict())
+    _check_heirloom(teacher, part, own, given)
+    own.load_state_dict(given)
+    return len(given)
+
+
+def _given(own: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a part is given, in the form in which it keeps it."""
+    for name, module in own.named_modules():
+        if hasattr(module, 'adopt'):
+            module.adopt(state, f'{name}.' if name else '')
+    return state
+
+
+def _check_heirloom(
+    teacher: Teacher, part: str, own: nn.Module, given: Mapping[str, Tensor]
+) -> None:
     wanted = own.state_dict()
     differs = [
         f'{key} {tuple(given[key].shape) if key in given else "missing"} for '
@@ -328,8 +358,6 @@ def _copy(
             f"the parts that match, for instance inherit=('neck',), or set "
             f'inherit=False.'
         )
-    own.load_state_dict(given)
-    return len(given)
 
 
 class Teachers(dict):

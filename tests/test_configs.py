@@ -349,9 +349,12 @@ def small_batch(model: ConfigDict, seed: int) -> dict:
 
 def assert_backbone_learns_from(losses: dict, student) -> None:
     sum(shares(losses).values()).backward(retain_graph=True)
-    part = (
-        student if student.phases.given else [*student.backbone.children()][-1]
-    )
+    last = [
+        one
+        for one in student.backbone.children()
+        if not isinstance(one, torch.nn.LayerNorm)  # behind Swin's stages
+    ][-1]
+    part = student if student.phases.given else last
     reached = [
         one.grad.abs().sum()
         for name, one in part.named_parameters()
@@ -364,7 +367,10 @@ def assert_backbone_learns_from(losses: dict, student) -> None:
 
 
 def assert_loads_in_the_plain_student(student, model: ConfigDict) -> None:
-    with torch.device('meta'):  # names and shapes are all that is compared
+    try:
+        with torch.device('meta'):  # only names and shapes are compared
+            plain = MODELS.build(model)
+    except RuntimeError:  # Swin reads numbers while it is built
         plain = MODELS.build(model)
     report = plain.load_state_dict(student.state_dict(), strict=False)
     assert report.missing_keys == []

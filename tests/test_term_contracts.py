@@ -200,7 +200,7 @@ def test_a_teacher_that_does_not_fit_is_refused_with_advice(
     else:
         message = ''
     if message:
-        assert re.match(r"Term '\w+'", message), message
+        assert re.match(r"(Term|Teacher) '\w+'", message), message
         assert ADVICE.search(message), message
         return
     student.init_weights()

@@ -96,7 +96,7 @@ TITLES = {'Not kept': 'Not kept of what losses promise'}
 FAMILIES = {
     'feature': (
         'maps of backbone or neck as a whole',
-        *('at', 'cwd', 'foundation', 'freekd', 'lgd', 'mimic', 'pkd'),
+        *('at', 'cwd', 'foundation', 'freekd', 'lgd', 'makd', 'mimic', 'pkd'),
         *('reviewkd', 'ssim'),
     ),
     'focal region': (
@@ -141,6 +141,7 @@ TOLD_BY = {
     'head': 'AssistantTerm',
     'icd': 'InstanceConditionalTerm',
     'lgd': 'LabelGuidedTerm',
+    'makd': 'MultiAspectTerm',
     'mask-kd': 'MaskTerm',
     'rpn-kd': 'SoftTargetLoss',
     'self-teaching': 'SelfTerm',

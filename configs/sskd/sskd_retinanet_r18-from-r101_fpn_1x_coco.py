@@ -21,7 +21,7 @@ Notes: four stages and the neck imitate for 6 epochs, then the head learns from
     --cfg-options find_unused_parameters=True. Lengths and weights are ours.
 """
 
-_base_ = '../_base_/students/retinanet_r18_fpn_1x_coco_unfrozen.py'
+_base_ = '../_base_/students/retinanet_r18_fpn_1x_unfrozen.py'
 
 model = dict(
     type='mmkd.Distiller',

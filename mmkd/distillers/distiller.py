@@ -148,6 +148,8 @@ class Distilling:
                     for name, config in teachers.items()
                 }
             )
+            for teacher in self.teachers.values():
+                teacher.check_heirlooms(self)
             self.terms = nn.ModuleDict()
             self._pixels = Pixels.of(self, f'Student {type(self).__name__}')
             for name, config in terms.items():

@@ -1,0 +1,12 @@
+"""Thin matrices: ``python tools/factorize.py CONFIG CHECKPOINT --out F``."""
+
+import sys
+from pathlib import Path
+
+# A clone works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmkd.analysis.factorizing import main
+
+if __name__ == '__main__':
+    sys.exit(main())
