@@ -350,12 +350,17 @@ def test_anchors_below_the_likeliest_get_no_gradient(pyramid, gt):
 
 
 def test_no_anchor_above_the_least_score_costs_nothing(pyramid, gt):
+    """The score itself is not above it."""
     student, teacher = pyramid
     student = tuple(one.requires_grad_() for one in student)
-    parts = CMKDLoss(num_classes=4, min_score=1.0)(student, teacher, gt)
+    teacher = tuple(-one.relu() for one in teacher)
+    for one in teacher:
+        one[:, ::4] = 0  # of each anchor the best class has one half
+    parts = CMKDLoss(num_classes=4, min_score=0.5)(student, teacher, gt)
     sum(parts.values()).backward()
     assert [part.item() for part in parts.values()] == [0, 0, 0]
     assert all((one.grad == 0).all() for one in student)
+    assert CMKDLoss(4, min_score=0.49)(student, teacher, gt)['pearson'] > 0
 
 
 def test_an_easy_anchor_is_matched_by_value_and_a_hard_one_by_order(gt):
