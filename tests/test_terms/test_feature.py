@@ -379,7 +379,7 @@ def test_a_teacher_without_a_classifier_is_refused_with_advice():
         type='RepPointsHead', num_classes=3, in_channels=16, feat_channels=16
     )
     head.update(point_feat_channels=16, norm_cfg=None)
-    teacher.update(bbox_head=head, train_cfg=None)
+    teacher['bbox_head'], teacher['train_cfg'] = head, None
     term = dict(
         type='mmkd.FeatureTerm',
         teacher='big',
