@@ -12,7 +12,6 @@ model = dict(
             teacher='big',
             decoupled=False,
             cls_loss=dict(type='mmkd.CMKDLoss', activation='softmax'),
-            box_weight=1.0,
         ),
     ),
 )
