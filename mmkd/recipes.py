@@ -707,6 +707,50 @@ def inherit(pair: Pair) -> Terms:
 
 
 @_method
+def cmkd(pair: Pair) -> Terms:
+    """Class scores, and boxes where the teacher is sure."""
+    terms = dict(
+        cmkd=pair.classes('mmkd.CMKDLoss', activation=pair.activation)
+    )
+    if pair.activation == 'sigmoid':
+        terms['box'] = dict(
+            type='mmkd.BoxTerm',
+            teacher=pair.teacher,
+            weight=dict(type='mmkd.ScoreWeight'),
+            normalise_by='weight',
+        )
+    return terms
+
+
+@_method
+def lsh(pair: Pair) -> Terms:
+    if pair.heads is None or not pair.heads.convs:
+        raise ValueError(
+            'lsh compares the last convolutions of towers cls_convs, which '
+            'needs dense heads with such towers. Choose a method on features, '
+            'for instance mimic.'
+        )
+    own, other = pair.heads.widths
+    align = {}
+    if own != other:
+        align['align'] = dict(
+            type='mmkd.ConvAdapt', in_channels=own, out_channels=other
+        )
+    loss = dict(type='mmkd.LSHLoss', channels=other, hash_num=4096)
+    return dict(
+        lsh=dict(
+            type='mmkd.FeatureTerm',
+            teacher=pair.teacher,
+            tap=f'bbox_head.cls_convs.{pair.heads.convs - 1}',
+            **pair.paired(),
+            weight=dict(type='mmkd.DecidedWeight'),
+            loss=loss,
+            **align,
+        )
+    )
+
+
+@_method
 def default(pair: Pair) -> Terms:
     """A feature and, where heads agree, a response term, by gradient."""
     terms = pkd(pair)

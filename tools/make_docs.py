@@ -96,8 +96,8 @@ TITLES = {'Not kept': 'Not kept of what losses promise'}
 FAMILIES = {
     'feature': (
         'maps of backbone or neck as a whole',
-        *('at', 'cwd', 'foundation', 'freekd', 'lgd', 'makd', 'mimic', 'pkd'),
-        *('reviewkd', 'ssim'),
+        *('at', 'cwd', 'foundation', 'freekd', 'lgd', 'lsh', 'makd', 'mimic'),
+        *('pkd', 'reviewkd', 'ssim'),
     ),
     'focal region': (
         'maps where objects are, or where the teacher looks',
@@ -114,8 +114,8 @@ FAMILIES = {
     ),
     'response': (
         'class scores, boxes, masks: what the heads say',
-        *('bckd', 'crosskd', 'dist', 'dkd', 'head', 'ld', 'mask-kd', 'nkd'),
-        *('rpn-kd', 'soft-target'),
+        *('bckd', 'cmkd', 'crosskd', 'dist', 'dkd', 'head', 'ld', 'mask-kd'),
+        *('nkd', 'rpn-kd', 'soft-target'),
     ),
     'instance': (
         'single objects: where the two differ most, or one query each',

@@ -77,6 +77,29 @@ def standardise(feature: Tensor, eps: float) -> Tensor:
     return (feature - mean) / (std + eps)
 
 
+def zscore(vectors: Tensor, eps: float = 1e-6) -> Tensor:
+    """Zero mean, unit deviation along the last axis.
+
+    The mean product of two such vectors is Pearson's correlation.
+
+    Args:
+        vectors: Any tensor.
+        eps: Length up to which what deviates from the mean counts as none:
+            flat vectors, whatever their height, become zeros without a
+            gradient.
+
+    Example:
+        >>> zscore(torch.tensor([[1.0, 3.0], [7.0, 7.0]])).round(decimals=4)
+        tensor([[-1.,  1.],
+                [ 0.,  0.]])
+    """
+    vectors = as_float(vectors)
+    # From the first value, so that the mean of equal ones is not rounded.
+    offset = vectors - vectors[..., :1]
+    centred = offset - offset.mean(-1, keepdim=True)
+    return unit(centred, -1, eps) * vectors.shape[-1] ** 0.5
+
+
 def unit(vectors: Tensor, dim: int, eps: float = 1e-6) -> Tensor:
     """Vectors divided by their length; zero where they have no direction.
 

@@ -209,6 +209,32 @@ def cell_samples(
     return torch.cat(vectors)
 
 
+def image_samples(
+    samples: Tensor, maps: Sequence[Tensor], num_classes: int | None = None
+) -> Tensor:
+    """What is said of samples, image by image.
+
+    Args:
+        samples: In the order of :func:`class_samples`, (M, ...).
+        maps: The maps they were made of, (N, A * C, H, W) each.
+        num_classes: C; all channels of a cell if None.
+
+    Returns:
+        (N, P, ...) of the P anchors of all levels of an image.
+
+    Example:
+        >>> maps = [torch.zeros(2, 3, 1, 2), torch.zeros(2, 3, 1, 1)]
+        >>> image_samples(torch.arange(6), maps)
+        tensor([[0, 1, 4],
+                [2, 3, 5]])
+    """
+    counts = [one.numel() // (num_classes or one.shape[1]) for one in maps]
+    levels = samples.split(counts)
+    return torch.cat(
+        [one.unflatten(0, (len(maps[0]), -1)) for one in levels], 1
+    )
+
+
 def cell_labels(
     gt: GroundTruth,
     size: tuple[int, int],

@@ -14,6 +14,7 @@ from mmkd.ops.masks import equal_weight
 from mmkd.registry import MODELS
 from mmkd.structures import Outputs, Step
 from mmkd.taps import crop, maps_of, pick_levels
+from mmkd.terms.classifier import classifier_weight, readers
 from mmkd.terms.term import Term
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class FeatureTerm(Term):
 
     A loss of ``scope = 'level'`` is built once a level, each with its own
     weights, and summed; one of ``scope = 'levels'`` is built once and gets all
-    levels as tuples.
+    levels as tuples. One that asks for the teacher's classifier is shown its
+    weights in the first step.
 
     Args:
         teacher: Name of the teacher.
@@ -92,6 +94,7 @@ class FeatureTerm(Term):
         )
         self.losses = _build_losses(loss, self.levels)
         self.weight = _build_weight(weight, self.losses[0])
+        self._introduced = False
         if not self.joint:
             _check_pairing(self.levels, self.teacher_levels)
 
@@ -109,6 +112,10 @@ class FeatureTerm(Term):
         for path in self.teacher_taps:
             teachers[self.teacher].tap(path)
         self.teacher_names = [self.teacher]
+        for loss in readers(self.losses):
+            classifier_weight(
+                type(loss).__name__, teachers[self.teacher].detector
+            )  # raises if there is none
         if self.weight is not None:
             self.weight.bind(self, student, teachers[self.teacher])
 
@@ -164,6 +171,7 @@ class FeatureTerm(Term):
         teacher: Sequence[Tensor],
         weights: Sequence[Tensor] | None,
     ) -> Tensor | dict[str, Tensor]:
+        self._introduce(step)
         if self.joint:
             more = () if weights is None else (weights,)
             return self.losses[0](student, teacher, step.gt, *more)
@@ -174,6 +182,17 @@ class FeatureTerm(Term):
                 zip(student, teacher, more)
             )
         )
+
+    def _introduce(self, step: Step) -> None:
+        """Show the teacher's classifier to losses that ask for it, once."""
+        if self._introduced:
+            return
+        for loss in readers(self.losses):
+            detector = step.teacher(self.teacher).detector
+            weight = classifier_weight(type(loss).__name__, detector)
+            loss.read_classifier(weight)
+            # It is not loaded before the training starts.
+            self._introduced = not step.dry
 
     def _weights(
         self, step: Step, maps: Sequence[Tensor]

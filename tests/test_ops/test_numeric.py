@@ -7,6 +7,7 @@ from mmkd.ops.numeric import (
     standardise,
     unit,
     zero_of,
+    zscore,
 )
 
 
@@ -53,6 +54,44 @@ def test_a_channel_is_standardised_over_all_images_by_hand():
     feature = torch.tensor([1.0, 1.0, 3.0, 3.0]).view(2, 1, 1, 2)
     expected = torch.tensor([-1.0, -1.0, 1.0, 1.0]).view(2, 1, 1, 2)
     torch.testing.assert_close(standardise(feature, 0.0), expected)
+
+
+def test_z_scores_have_mean_zero_and_deviation_one_in_the_last_axis():
+    torch.manual_seed(0)
+    vectors = 7 * torch.randn(3, 4, 50) + 1000
+    scores = zscore(vectors)
+    torch.testing.assert_close(
+        scores.sum(2), torch.zeros(3, 4), atol=1e-3, rtol=0
+    )
+    torch.testing.assert_close(scores.square().mean(2), torch.ones(3, 4))
+    torch.testing.assert_close(
+        zscore(3 * vectors - 5), scores, atol=1e-3, rtol=0
+    )
+
+
+def test_the_mean_product_of_z_scores_is_the_correlation():
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 9)
+    torch.testing.assert_close(
+        (zscore(one) * zscore(other)).mean(),
+        torch.corrcoef(torch.stack([one, other]))[0, 1],
+    )
+
+
+@pytest.mark.parametrize('height', [0.0, 0.1, -1234.567, 3e4])
+def test_a_flat_vector_has_no_z_scores_and_no_gradient(height):
+    """Whatever its height: the mean of equal numbers may be rounded."""
+    vectors = torch.full((1, 80), height).requires_grad_()
+    scores = zscore(vectors)
+    (scores * torch.randn(1, 80)).sum().backward()
+    assert (scores == 0).all()
+    assert (vectors.grad == 0).all()
+
+
+def test_what_deviates_less_than_the_bound_is_flat():
+    vectors = torch.tensor([1.0, 2.0, 3.0])  # from the mean, length sqrt(2)
+    assert (zscore(vectors, eps=1.42) == 0).all()
+    assert (zscore(vectors, eps=1.41)[[0, 2]] != 0).all()
 
 
 def test_unit_vectors_have_length_one_along_their_dimension():

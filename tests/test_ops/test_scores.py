@@ -12,6 +12,7 @@ from mmkd.ops.scores import (
     check_class_maps,
     class_probs,
     class_samples,
+    image_samples,
     labelled_samples,
     target_and_others,
     top_score,
@@ -71,6 +72,17 @@ def test_a_cells_value_stands_at_each_of_its_anchors(pyramid, num_classes):
     maps = [one.expand(-1, 6, -1, -1) for one in cells]
     vector = cell_samples(cells, maps, num_classes)
     assert torch.equal(vector, class_samples(maps, num_classes)[:, 0])
+
+
+@pytest.mark.parametrize('num_classes', [3, None])
+def test_samples_of_an_image_are_those_of_its_own_maps(pyramid, num_classes):
+    found = image_samples(
+        class_samples(pyramid, num_classes), pyramid, num_classes
+    )
+    assert len(found) == len(pyramid[0]) > 1
+    for index, samples in enumerate(found):
+        own = [one[index : index + 1] for one in pyramid]
+        assert torch.equal(samples, class_samples(own, num_classes))
 
 
 def test_half_precision_is_widened():

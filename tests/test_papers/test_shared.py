@@ -54,8 +54,10 @@ class Paper:
 
 
 PAPERS = {
+    'LSH': Paper('lsh', '2011.01424', 'test_losses/test_lsh.py'),
     'MaKD': Paper('makd', '2604.03110', 'test_terms/test_multi_aspect.py'),
     'SSKD': Paper('sskd', '1812.01819', 'test_papers/test_sskd.py'),
+    'CMKD': Paper('cmkd', '2410.06561', 'test_losses/test_cmkd.py'),
     'CrossKD': Paper('crosskd', '2306.11369', 'test_terms/test_cross_head.py'),
 }
 

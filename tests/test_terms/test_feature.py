@@ -343,3 +343,50 @@ def test_an_output_of_a_method_called_once_a_level_is_that_output(teachers):
     _, whole = head_share(teachers, tap='bbox_head', output=0)
     _, single = head_share(teachers, tap='bbox_head.forward_single', output=0)
     torch.testing.assert_close(single, whole)
+
+
+# The teacher's classifier ----------------------------------------------------
+
+
+def test_a_loss_is_shown_the_classifier_once_it_is_loaded(teachers):
+    """While the model is built the teacher has other weights."""
+    term = dict(
+        type='mmkd.FeatureTerm',
+        teacher='big',
+        tap='bbox_head.cls_convs.0',
+        loss=dict(type='mmkd.LSHLoss', channels=16, hash_num=9),
+    )
+    student = tiny.build(
+        tiny.distilled(tiny.retinanet(), teachers, dict(lsh=term))
+    )
+    big = student.teachers['big']
+    loss = student.terms.lsh.losses[0]
+    early = big.detector.bbox_head.retina_cls.weight.std()
+    torch.testing.assert_close(loss.std, early)
+    student.loss(*tiny.batch())
+    late = big.detector.bbox_head.retina_cls.weight.std()
+    assert big.loaded
+    assert late != early
+    torch.testing.assert_close(loss.std, late)
+    loss.std.fill_(5.0)
+    student.loss(*tiny.batch())
+    assert loss.std == 5
+
+
+def test_a_teacher_without_a_classifier_is_refused_with_advice():
+    teacher = tiny.retinanet()
+    head = dict(
+        type='RepPointsHead', num_classes=3, in_channels=16, feat_channels=16
+    )
+    head.update(point_feat_channels=16, norm_cfg=None)
+    teacher['bbox_head'], teacher['train_cfg'] = head, None
+    term = dict(
+        type='mmkd.FeatureTerm',
+        teacher='big',
+        loss=dict(type='mmkd.LSHLoss', channels=16, hash_num=9),
+    )
+    big = dict(config=dict(model=teacher))
+    with pytest.raises(ValueError, match='RepPointsHead has none. Set std='):
+        tiny.build(
+            tiny.distilled(tiny.retinanet(), dict(big=big), dict(x=term))
+        )

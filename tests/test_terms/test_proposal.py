@@ -528,7 +528,7 @@ def test_dist_relates_the_proposals_of_a_group():
 
 
 @pytest.mark.parametrize(
-    'loss', ['SoftTargetLoss', 'DISTLoss', 'DKDLoss', 'NKDLoss']
+    'loss', ['SoftTargetLoss', 'DISTLoss', 'DKDLoss', 'NKDLoss', 'CMKDLoss']
 )
 def test_an_empty_group_costs_nothing_under_the_same_names(loss):
     for sizes, empty in (

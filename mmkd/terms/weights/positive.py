@@ -53,14 +53,7 @@ class PositiveWeight(Weight):
 
     def bind(self, term: Term, student: nn.Module, teacher: Teacher) -> None:
         self.teacher = teacher.name
-        head, _ = resolve(student, self.tap)
-        if not hasattr(head, 'get_targets'):
-            raise ValueError(
-                f'{type(self).__name__} reads the labels that the student '
-                f'assigns, but {self.tap} of {type(student).__name__} is '
-                f'{type(head).__name__}, which assigns none by get_targets. '
-                f"Use weight=dict(type='mmkd.ScoreWeight')."
-            )
+        check_assigning(type(self).__name__, student, self.tap)
         term.tap(student, self.tap)
         term.tap(student, self.targets)
 
@@ -78,6 +71,27 @@ class PositiveWeight(Weight):
                 weight = weight * best(score, weight.shape[1])
             weights.append(weight)
         return weights
+
+
+def check_assigning(who: str, student: nn.Module, tap: str) -> None:
+    """A student's head must assign labels by ``get_targets``.
+
+    Args:
+        who: Name of the weight, for messages.
+        student: The student.
+        tap: Path of its dense head.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    head, _ = resolve(student, tap)
+    if not hasattr(head, 'get_targets'):
+        raise ValueError(
+            f'{who} reads the labels that the student assigns, but {tap} of '
+            f'{type(student).__name__} is {type(head).__name__}, which '
+            f'assigns none by get_targets. Use '
+            f"weight=dict(type='mmkd.ScoreWeight')."
+        )
 
 
 def by_level(targets: Sequence[Any], integers: bool) -> Sequence[Tensor]:
