@@ -31,7 +31,7 @@ class SimKDTerm(FeatureTerm):
     The student detects by the *teacher's* head: it is part of the student's
     own config and checkpoint, takes over the teacher's weights (``inherit`` of
     the teacher) and keeps them (a phase that trains only what stands before
-    it). No label is needed. P is :class:`mmkd.necks.simkd.SimKDProjector`, the
+    it). No label is needed. P is :class:`mmkd.necks.projector.SimKDProjector`, the
     last of the student's necks, and is deployed as well::
 
         neck=[dict(type='FPN', …), dict(type='mmkd.SimKDProjector', …)]
