@@ -165,7 +165,7 @@ def _check_reuse(
 ) -> None:
     if not reuse:
         raise ValueError(
-            "SimKDTerm reuses at least one part, got reuse=(). Set "
+            'SimKDTerm reuses at least one part, got reuse=(). Set '
             "reuse='bbox_head', or reuse=('rpn_head', 'roi_head')."
         )
     if reuse_from < 0 or (reuse_from and len(reuse) > 1):
@@ -230,9 +230,9 @@ def _check_same_kind(
         if own.get(key) != theirs.get(key):
             raise ValueError(
                 f'SimKDTerm reuses {path} of teacher {teacher.name!r}, which '
-                f'must be of one kind with the student\'s, but {path}.{key} '
+                f"must be of one kind with the student's, but {path}.{key} "
                 f'is {theirs.get(key, "absent")} there and '
-                f'{own.get(key, "absent")} here. Take the teacher\'s config '
+                f"{own.get(key, 'absent')} here. Take the teacher's config "
                 f'of {path} for the student.'
             )
 

@@ -299,7 +299,9 @@ def test_a_head_that_is_trained_is_refused(files):
     for model in (
         dict(phases=None),
         dict(phases=[dict(supervised=False)]),
-        dict(phases=[dict(train=('backbone', 'neck', 'bbox_head.retina_reg'))]),
+        dict(
+            phases=[dict(train=('backbone', 'neck', 'bbox_head.retina_reg'))]
+        ),
     ):
         student = built(config(files, model=model))
         with pytest.raises(ValueError, match=r"train=\('backbone', 'neck'\)"):
@@ -404,8 +406,12 @@ def test_from_a_convolution_on_the_towers_before_it_are_compared(files):
     big, theirs = teacher_maps(student, images)
     own = student.extract_feat(images)
     expected = sum(
-        (getattr(student.bbox_head, tower)[0](one)
-         - getattr(big.bbox_head, tower)[0](other)).square().mean()
+        (
+            getattr(student.bbox_head, tower)[0](one)
+            - getattr(big.bbox_head, tower)[0](other)
+        )
+        .square()
+        .mean()
         for tower in ('cls_convs', 'reg_convs')
         for one, other in zip(own, theirs)
     )
