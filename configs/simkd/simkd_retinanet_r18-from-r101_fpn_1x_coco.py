@@ -1,6 +1,7 @@
-"""SimKD: RetinaNet R-18 (31.7 AP alone) learns from R-101 (38.9 AP).
+r"""SimKD: RetinaNet R-18 (31.7 AP alone) learns from R-101 (38.9 AP).
 
-python tools/train.py configs/simkd/simkd_retinanet_r18-from-r101_fpn_1x_coco.py
+python tools/train.py \
+    configs/simkd/simkd_retinanet_r18-from-r101_fpn_1x_coco.py
 
 Published: none on detection; on CIFAR-100 ResNet-8x4 learns from 32x4 to 78.08
     %, alone 73.09, the teacher 79.42, known second-hand.

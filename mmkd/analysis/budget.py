@@ -50,7 +50,7 @@ def fit_widths(
 
     Args:
         model: ``model`` of a config whose backbone is a
-            :class:`mmkd.backbones.residual.ResidualBackbone`; its widths do
+            :class:`mmkd.backbones.assisted.ResidualBackbone`; its widths do
             not matter.
         given: ``model`` of the config that the two are cut from.
         share: Width of the assistant as a part of the student's. The paper's

@@ -25,8 +25,9 @@ class ResidualTerm(FeatureTerm):
               \| (T_l - sg(F_{S,l})) - F_{A,l} \|^2
 
     It is computed as the distance of the sum :math:`sg(F_S) + F_A`, which is
-    what is deployed, to T: the same for every loss of a difference, and defined
-    for others. The student gets no gradient (sg); it has a term of its own,
+    what is deployed, to T: the same for every loss of a difference, and
+    defined for others. The student gets no gradient (sg); it has a term of its
+    own,
     :math:`L_S = \| T - F_S \|^2`::
 
         main = dict(
@@ -46,7 +47,7 @@ class ResidualTerm(FeatureTerm):
         teacher: Name of the teacher.
         loss: Config of the loss; :class:`mmkd.losses.mimic.MimicLoss` of
             weight 1 if None.
-        tap: A :class:`mmkd.backbones.residual.ResidualBackbone`, or another
+        tap: A :class:`mmkd.backbones.assisted.ResidualBackbone`, or another
             part with ``main`` and ``assistant``.
         levels: Which maps, 0 is the finest; all if None.
         teacher_tap: Where the teacher's maps are: ``'backbone'``, or

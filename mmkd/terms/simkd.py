@@ -31,8 +31,9 @@ class SimKDTerm(FeatureTerm):
     The student detects by the *teacher's* head: it is part of the student's
     own config and checkpoint, takes over the teacher's weights (``inherit`` of
     the teacher) and keeps them (a phase that trains only what stands before
-    it). No label is needed. P is :class:`mmkd.necks.projector.SimKDProjector`, the
-    last of the student's necks, and is deployed as well::
+    it). No label is needed. P is
+    :class:`mmkd.necks.projector.SimKDProjector`, the last of the student's
+    necks, and is deployed as well::
 
         neck=[dict(type='FPN', …), dict(type='mmkd.SimKDProjector', …)]
         teachers=dict(r101=dict(…, inherit='bbox_head'))

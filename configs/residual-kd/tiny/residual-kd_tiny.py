@@ -1,4 +1,4 @@
-"""Residual KD: a tiny RetinaNet with an assistant, one stage at a time."""
+"""Residual-KD: a tiny RetinaNet with an assistant, one stage at a time."""
 
 _base_ = '../../_base_/tiny/retinanet_assisted_restarts.py'
 
