@@ -97,7 +97,7 @@ FAMILIES = {
     'feature': (
         'maps of backbone or neck as a whole',
         *('at', 'cwd', 'foundation', 'freekd', 'lgd', 'makd', 'mimic', 'pkd'),
-        *('reviewkd', 'ssim'),
+        *('residual-kd', 'reviewkd', 'simkd', 'ssim'),
     ),
     'focal region': (
         'maps where objects are, or where the teacher looks',
@@ -145,7 +145,9 @@ TOLD_BY = {
     'mask-kd': 'MaskTerm',
     'rpn-kd': 'SoftTargetLoss',
     'self-teaching': 'SelfTerm',
+    'residual-kd': 'ResidualTerm',
     'score-l2': 'WeightedMSELoss',
+    'simkd': 'SimKDTerm',
     'mtpd': 'MGDLoss',
     'multi-teacher': 'PKDLoss',
     'sskd': 'MimicLoss',

@@ -1,4 +1,4 @@
-r"""Residual-joint: RetinaNet R-18 (31.7 AP alone) learns from R-101 (38.9 AP).
+r"""Residual-KD: RetinaNet R-18 (31.7 AP alone) learns from R-101 (38.9 AP).
 
 python tools/train.py \
     configs/residual-kd/residual-kd-joint_retinanet_r18-from-r101_fpn_1x_coco.py

@@ -86,7 +86,7 @@ class ResidualBackbone(BaseModule):
             )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Maps of each level, (N, 3, H, W) → (N, C, H / s, W / s), stride s."""
+        """Maps of each level, of images (N, 3, H, W)."""
         maps, rest = self.main(images), self.assistant(images)
         return tuple(one + other for one, other in zip(maps, rest))
 

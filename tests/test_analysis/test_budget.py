@@ -93,7 +93,7 @@ def test_the_assistant_is_counted():
 
 
 def test_the_published_student_keeps_within_the_model_it_is_cut_from():
-    size = (128, 128)
+    size = (64, 64)
     found = []
     for source in (STUDENT, ZOO):
         model = read_config(source).model

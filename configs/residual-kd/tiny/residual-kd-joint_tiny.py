@@ -1,4 +1,4 @@
-"""Residual-joint: a tiny RetinaNet with an assistant, all at once."""
+"""Residual-KD: a tiny RetinaNet with an assistant, all at once."""
 
 _base_ = '../../_base_/tiny/retinanet_assisted.py'
 
