@@ -17,7 +17,7 @@ Teacher's weights: MMDetection's zoo, downloaded at the start; or your file:
 Notes: both heads are the teacher's, their weights never move, and no label is
     read. What is deployed has a projector, five times 0.2 M parameters.
     Published with weight 1 at learning rate 0.05; 2.5 at 0.02 keeps their
-    product.
+    product. Several GPUs need --cfg-options find_unused_parameters=True.
 """
 
 _base_ = '../_base_/students/faster-rcnn_r50_fpn_1x_coco_projected.py'

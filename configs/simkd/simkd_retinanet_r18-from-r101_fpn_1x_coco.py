@@ -16,7 +16,8 @@ Teacher's weights: MMDetection's zoo, downloaded at the start; or your file:
     --cfg-options model.teachers.r101.checkpoint=FILE
 Notes: the head is the teacher's, its weights never move, and no label is read.
     What is deployed has a projector, five times 0.2 M parameters. Published
-    with weight 1 at learning rate 0.05; 5 at 0.01 keeps their product.
+    with weight 1 at learning rate 0.05; 5 at 0.01 keeps their product. Several
+    GPUs need --cfg-options find_unused_parameters=True.
 """
 
 _base_ = '../_base_/students/retinanet_r18_fpn_1x_coco_projected.py'

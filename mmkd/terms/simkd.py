@@ -44,9 +44,11 @@ class SimKDTerm(FeatureTerm):
     both are of one kind, channels, priors, box coding and classes, and that it
     is inherited; in each step, that nothing of it can be trained.
 
-    A two-stage detector reuses ``('rpn_head', 'roi_head')``. With labels as
-    well, leave ``supervised=False`` out; ``loss_weight`` then says how much
-    the maps count against them (published: without labels).
+    A two-stage detector reuses ``('rpn_head', 'roi_head')``; a DETR
+    ``('decoder', 'query_embedding', 'bbox_head')`` behind ``tap='encoder'``,
+    where the student's own encoder takes the place of P and is trained as
+    well. With labels, leave ``supervised=False`` out; ``loss_weight`` then
+    says how much the maps count against them (published: no labels).
 
     Args:
         teacher: Name of the teacher.
@@ -71,8 +73,8 @@ class SimKDTerm(FeatureTerm):
     Reference:
         Chen et al., "Knowledge Distillation with the Reused Teacher
         Classifier", CVPR 2022, arXiv:2203.14001, on image classifiers. Maps
-        of each level for their one feature, ``weight`` and the towers of
-        ``reuse_from`` are ours.
+        of each level for their one feature, ``weight``, the towers of
+        ``reuse_from`` and the encoder's memory are ours.
     """
 
     def __init__(

@@ -2,6 +2,8 @@
 
 import copy
 
+import families
+import heads
 import pytest
 import tiny
 import torch
@@ -10,8 +12,10 @@ from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 
-from mmkd.configs import student_config
+from mmkd.configs import read_config, student_config
 from mmkd.structures import Step
+from mmkd.taps import recording
+from mmkd.teachers import run_detector
 from mmkd.terms.simkd import SimKDTerm
 
 LEVELS = 5
@@ -196,6 +200,94 @@ def test_with_the_teachers_maps_its_detections_and_no_loss(
     with torch.no_grad():
         (share,) = student.loss(images, samples).values()
     assert share.item() == pytest.approx(0.01 * LEVELS, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    'family',
+    [heads.gfl, heads.atss, heads.fcos, families.yolox, families.rtmdet],
+)
+def test_heads_of_other_families_are_reused_as_well(
+    family, tmp_path, monkeypatch
+):
+    big, small = (ConfigDict(family(base)) for base in (16, 8))
+    one = dict(
+        config=dict(model=big),
+        checkpoint=str(tiny.save_teacher(big, tmp_path / 'big.pth')),
+    )
+    model = ConfigDict(
+        big, backbone=small.backbone, neck=dict(small.neck, out_channels=8)
+    )
+    projector = dict(
+        type='mmkd.SimKDProjector',
+        in_channels=8,
+        out_channels=big.neck.out_channels,
+        num_levels=big.neck.get('num_outs', 3),
+    )
+    model.neck = [model.neck, projector]
+    student = built(config(dict(retinanet=one), student=model)).eval()
+    images, samples = tiny.batch()
+    assert student.loss(images, samples)['loss_kd_simkd'] > 0
+    teacher, maps = teacher_maps(student, images)
+    monkeypatch.setattr(student.neck[1], 'forward', lambda *_: maps)
+    assert_same_detections(student, teacher, images, samples)
+
+
+def detr(base, layers):
+    """DETR, whose decoder reads the memory of its encoder."""
+    model = read_config('mmdet::detr/detr_r50_8xb2-150e_coco.py').model
+    model.backbone.update(
+        depth=18,
+        base_channels=base,
+        stem_channels=base,
+        frozen_stages=-1,
+        init_cfg=None,
+    )
+    model.neck.in_channels = [8 * base]
+    model.num_queries = model.test_cfg.max_per_img = 10
+    model.bbox_head.num_classes = tiny.CLASSES
+    model.encoder.num_layers, model.decoder.num_layers = layers, 1
+    return model
+
+
+def test_a_decoder_is_reused_behind_an_encoder_that_imitates(
+    tmp_path, hub, monkeypatch
+):
+    # DETR's head changes the config that it is built from.
+    file = tiny.save_teacher(detr(16, layers=2), tmp_path / 'detr.pth')
+    one = dict(config=dict(model=detr(16, layers=2)), checkpoint=str(file))
+    parts = ('decoder', 'query_embedding', 'bbox_head')
+    student = built(
+        config(
+            dict(retinanet=one),
+            student=detr(8, layers=1),
+            inherit=parts,
+            reuse=parts,
+            tap='encoder',
+            model=dict(
+                phases=[
+                    dict(
+                        train=('backbone', 'neck', 'encoder'),
+                        supervised=False,
+                    )
+                ]
+            ),
+        )
+    )
+    optimiser = build_optim_wrapper(student, ADAM)
+    student.train_step(tiny.pixels(*tiny.batch()), optimiser)
+    big = student.teachers['big'].detector
+    own, given = student.state_dict(), big.state_dict()
+    same = [key for key in given if key.startswith(parts)]
+    assert len(same) > 20
+    assert all(torch.equal(own[key], given[key]) for key in same)
+    with recording(big, ['encoder']) as record, torch.no_grad():
+        run_detector(big, *tiny.batch())
+    memory = record.at('encoder')
+    monkeypatch.setattr(student.encoder, 'forward', lambda **_: memory)
+    student.eval()
+    assert_same_detections(student, big, *tiny.batch())
+    with torch.no_grad():
+        assert student.loss(*tiny.batch())['loss_kd_simkd'] == 0
 
 
 def test_labels_do_not_matter(files):
@@ -433,6 +525,45 @@ def test_what_lies_behind_it_stays_the_teachers_and_the_rest_learns(
             assert not torch.equal(own[key], before[key])
         else:
             assert torch.equal(own[key], given[key])
+
+
+@pytest.mark.parametrize('family', [heads.gfl, heads.atss, heads.fcos])
+def test_other_heads_name_what_is_the_teachers_from_a_convolution_on(
+    family, tmp_path
+):
+    model = ConfigDict(family(16, convs=2))
+    one = dict(
+        config=dict(model=model),
+        checkpoint=str(tiny.save_teacher(model, tmp_path / 'big.pth')),
+    )
+    whole = config(
+        dict(retinanet=one),
+        student=ConfigDict(family(8, convs=2)),
+        reuse_from=1,
+        model=dict(
+            phases=[
+                dict(
+                    train=(
+                        'backbone',
+                        'neck',
+                        'bbox_head.cls_convs.0',
+                        'bbox_head.reg_convs.0',
+                    ),
+                    supervised=False,
+                )
+            ]
+        ),
+    )
+    student = built(whole)
+    assert student.loss(*tiny.batch())['loss_kd_simkd'] > 0
+    parts = student.terms['simkd'].parts
+    learns = {
+        name for name, one in student.named_parameters() if one.requires_grad
+    }
+    for name, _ in student.bbox_head.named_parameters(prefix='bbox_head'):
+        first = '_convs.0.' in name
+        assert first == (name in learns)
+        assert first != name.startswith(tuple(f'{one}.' for one in parts))
 
 
 def test_of_the_last_convolution_on_the_predictors_alone_are_reused(files):
