@@ -6,8 +6,8 @@ python tools/train.py \
 Published: none on detection.
 Trained by us: no.
 Read: descriptions of Gao et al., "Residual Knowledge Distillation", 2020,
-    arXiv:2002.09168; there is no code of theirs, and the order
-    is our reading.
+    arXiv:2002.09168; there is no code of theirs, and the order is our
+    reading.
 Schedule: 12 epochs of 16 images a step (8 GPUs x 2) at learning rate 0.01;
     with another number of images add --auto-scale-lr.
 Changed besides model: param_scheduler.1.type, param_scheduler.1.milestones,

@@ -67,6 +67,17 @@ def test_what_fits_is_within_the_budget_and_one_step_wider_is_not(
     assert found.gflops <= found.budget < count(*of_steps(steps + 1))
 
 
+@pytest.mark.parametrize('width', [4, 8, 12, 20])
+def test_what_costs_just_as_much_fits(width, monkeypatch):
+    monkeypatch.setattr(
+        'mmkd.analysis.budget.gflops',
+        lambda detector, size: parameters(detector),
+    )
+    given = with_widths(assisted(), width, width)
+    found = fit_widths(assisted(), given, 1, 4, SIZE)
+    assert (found.main, found.assistant) == (width, width)
+
+
 def test_what_is_counted_is_arithmetic():
     given = tiny.retinanet()
     found = fit_widths(assisted(), given, 1, 4, SIZE)
