@@ -316,7 +316,8 @@ class Teacher:
             ]
             for part in parts:
                 who = f'Teacher {self.name!r} with inherit={self.inherit!r}'
-                check_name(who, 'part', part, [*shared, *deeper])
+                known = deeper if '.' in part else shared
+                check_name(who, 'part', part, known)
         if not parts:
             raise ValueError(
                 f'Teacher {self.name!r} with inherit=True shares no part with '

@@ -270,9 +270,10 @@ def _check_towers(path: str, head: nn.Module, reuse_from: int) -> None:
 
 
 def _settings(part: nn.Module) -> dict[str, Any]:
-    """Kinds, shapes and settings of a part, by dotted name.
+    """Kinds and settings of a part, by dotted name.
 
-    Losses are left out, and what is no plain value: they do not detect.
+    Losses are left out, and what is no plain value: they do not detect. Shapes
+    are compared where weights are inherited.
     """
     found: dict[str, Any] = {}
     for path, module in part.named_modules():
@@ -291,8 +292,6 @@ def _settings(part: nn.Module) -> dict[str, Any]:
                     found[f'{place}{inner}{name}'] = value
             if inner:
                 found[f'{place}{inner}type'] = type(owner).__name__
-    for key, value in part.state_dict().items():
-        found[key] = tuple(value.shape)
     return found
 
 

@@ -407,7 +407,7 @@ def test_with_labels_the_detection_loss_counts_as_well(files):
     assert {'loss_cls', 'loss_bbox', 'loss_kd_simkd'} == set(losses)
 
 
-@pytest.mark.parametrize('inherit', [False, 'neck', ['bbox_head.retina_cls']])
+@pytest.mark.parametrize('inherit', [False, ['bbox_head.retina_cls']])
 def test_a_head_of_its_own_is_refused(files, inherit):
     with pytest.raises(ValueError, match="inherit='bbox_head'"):
         built(config(files, inherit=inherit))
@@ -440,10 +440,12 @@ def change(part, **settings):
             change('bbox_head.bbox_coder', target_stds=[0.1, 0.1, 0.2, 0.2]),
             'bbox_coder.stds',
         ),
-        (change('bbox_head', stacked_convs=3), 'stacked_convs'),
-        (change('bbox_head', num_classes=4), 'num_classes'),
-        (change('bbox_head', feat_channels=8), 'feat_channels'),
-        (change('bbox_head', type='RetinaSepBNHead', num_ins=5), 'type'),
+        (
+            change('bbox_head.bbox_coder', type='LegacyDeltaXYWHBBoxCoder'),
+            'bbox_coder.type',
+        ),
+        (change('bbox_head', reg_decoded_bbox=True), 'reg_decoded_bbox'),
+        (change('bbox_head', type='PISARetinaHead'), 'type'),
     ],
 )
 def test_a_head_that_would_read_boxes_otherwise_is_refused(
@@ -451,6 +453,16 @@ def test_a_head_that_would_read_boxes_otherwise_is_refused(
 ):
     student = projected(changed(deep(tiny.retinanet())))
     with pytest.raises(ValueError, match=rf'bbox_head\.{named} is .+ Take'):
+        MODELS.build(config(files, student=student))
+
+
+@pytest.mark.parametrize(
+    'setting',
+    [dict(stacked_convs=3), dict(num_classes=4), dict(feat_channels=8)],
+)
+def test_a_head_of_other_shapes_is_refused(files, setting):
+    student = projected(change('bbox_head', **setting)(deep(tiny.retinanet())))
+    with pytest.raises(ValueError, match="cannot inherit 'bbox_head'"):
         MODELS.build(config(files, student=student))
 
 
@@ -474,6 +486,7 @@ def test_a_part_that_one_lacks_is_named(files):
             config(
                 files,
                 student=projected(tiny.faster_rcnn()),
+                inherit=False,
                 reuse=('rpn_head', 'roi_head'),
             )
         )
