@@ -49,8 +49,8 @@ class Teacher:
             instance ``{'model.bbox_head.num_classes': 3}`` for a teacher
             trained on custom data.
         inherit: Which parts the student starts from: ``True`` for neck and
-            heads, a sequence of names such as ``('neck', 'bbox_head')`` for
-            these alone, ``False`` for none.
+            heads, a sequence of names such as ``('neck', 'bbox_head')`` or
+            ``('bbox_head.retina_cls',)`` for these alone, ``False`` for none.
         ema: Take the averaged weights where the file has them.
         sham: A control for experiments: show the teacher the next image of
             the batch instead, so that its targets are those of a teacher but
@@ -266,8 +266,8 @@ class Teacher:
         if not self.inherit:
             return
         for part in self._heirlooms(student):
-            own = getattr(student, part)
-            state = getattr(self.detector, part).state_dict()
+            own = student.get_submodule(part)
+            state = self.detector.get_submodule(part).state_dict()
             shapes = {key: one.to('meta') for key, one in state.items()}
             _check_heirloom(self, part, own, _given(own, shapes))
 
@@ -281,11 +281,12 @@ class Teacher:
             return
         parts = self._heirlooms(student)
         taken = sum(
-            _copy(self, part, getattr(student, part), self.detector)
+            _copy(self, part, student.get_submodule(part), self.detector)
             for part in parts
         )
+        touched = {part.partition('.')[0] for part in parts}
         left = [
-            name for name, _ in student.named_children() if name not in parts
+            name for name, _ in student.named_children() if name not in touched
         ]
         print_log(
             f'Teacher {self.name!r}: the student inherits {taken} tensors of '
@@ -305,9 +306,18 @@ class Teacher:
         else:
             one = isinstance(self.inherit, str)
             parts = [self.inherit] if one else list(self.inherit)
+            theirs = dict(self.detector.named_modules())
+            deeper = [
+                name
+                for name, _ in student.named_modules()
+                if name.partition('.')[0] in shared
+                and '.' in name
+                and name in theirs
+            ]
             for part in parts:
                 who = f'Teacher {self.name!r} with inherit={self.inherit!r}'
-                check_name(who, 'part', part, shared)
+                known = deeper if '.' in part else shared
+                check_name(who, 'part', part, known)
         if not parts:
             raise ValueError(
                 f'Teacher {self.name!r} with inherit=True shares no part with '
@@ -326,7 +336,7 @@ def _fits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
 def _copy(
     teacher: Teacher, part: str, own: nn.Module, detector: nn.Module
 ) -> int:
-    given = _given(own, getattr(detector, part).state_dict())
+    given = _given(own, detector.get_submodule(part).state_dict())
     _check_heirloom(teacher, part, own, given)
     own.load_state_dict(given)
     return len(given)

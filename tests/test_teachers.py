@@ -455,6 +455,37 @@ def test_a_misspelt_part_suggests_the_nearest(teacher_file):
         one.lend(tiny.build(tiny.retinanet()))
 
 
+def test_a_part_within_a_part_is_inherited_alone(teacher_file, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        'mmkd.teachers.print_log',
+        lambda message, *args, **kwargs: said.append(message),
+    )
+    one = teacher(
+        str(teacher_file),
+        inherit=['bbox_head.cls_convs.0', 'bbox_head.retina_reg'],
+    )
+    one.load()
+    student = tiny.build(tiny.retinanet())
+    before = student.bbox_head.retina_cls.weight.clone()
+    one.lend(student)
+    own, given = student.bbox_head, one.detector.bbox_head
+    for path in ('cls_convs.0.conv', 'retina_reg'):
+        mine, theirs = (side.get_submodule(path) for side in (own, given))
+        assert torch.equal(mine.weight, theirs.weight)
+        assert torch.equal(mine.bias, theirs.bias)
+    assert torch.equal(own.retina_cls.weight, before)
+    assert 'inherits 4 tensors of bbox_head.cls_convs.0, ' in said[-1]
+    assert 'backbone, neck keep their own' in said[-1]
+
+
+def test_a_misspelt_part_within_a_part_suggests_the_nearest(teacher_file):
+    one = teacher(str(teacher_file), inherit='bbox_head.cls_conv.0')
+    one.load()
+    with pytest.raises(ValueError, match="mean 'bbox_head.cls_convs.0'"):
+        one.lend(tiny.build(tiny.retinanet()))
+
+
 def test_the_backbone_is_never_inherited_by_true(teacher_file):
     one = teacher(str(teacher_file), inherit=True)
     one.load()

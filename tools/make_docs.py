@@ -97,7 +97,7 @@ FAMILIES = {
     'feature': (
         'maps of backbone or neck as a whole',
         *('at', 'cwd', 'foundation', 'freekd', 'lgd', 'lsh', 'makd', 'mimic'),
-        *('pkd', 'reviewkd', 'ssim'),
+        *('pkd', 'residual-kd', 'reviewkd', 'simkd', 'ssim'),
     ),
     'focal region': (
         'maps where objects are, or where the teacher looks',
@@ -143,11 +143,13 @@ TOLD_BY = {
     'lgd': 'LabelGuidedTerm',
     'makd': 'MultiAspectTerm',
     'mask-kd': 'MaskTerm',
-    'rpn-kd': 'SoftTargetLoss',
-    'self-teaching': 'SelfTerm',
-    'score-l2': 'WeightedMSELoss',
     'mtpd': 'MGDLoss',
     'multi-teacher': 'PKDLoss',
+    'residual-kd': 'ResidualTerm',
+    'rpn-kd': 'SoftTargetLoss',
+    'score-l2': 'WeightedMSELoss',
+    'self-teaching': 'SelfTerm',
+    'simkd': 'SimKDTerm',
     'sskd': 'MimicLoss',
 }
 
@@ -342,7 +344,7 @@ _ADDRESS = r'arXiv:\d{4}\.\d{4,5}|https://\S+[^\s.,;]'
 #: Authors, "Title", VENUE YEAR, arXiv:NUMBER
 _SOURCE = (
     r'(?P<authors>[A-Z][\w-]+(?: et al\.| and [A-Z][\w-]+)?), '
-    r'"(?P<title>[^"]+)"(?:, (?P<venue>[^",]+) (?P<year>\d{4}))?, '
+    r'"(?P<title>[^"]+)"(?:, (?:(?P<venue>[^",]+) )?(?P<year>\d{4}))?, '
     rf'(?P<address>{_ADDRESS})'
 )
 

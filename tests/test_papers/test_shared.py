@@ -56,6 +56,21 @@ class Paper:
 PAPERS = {
     'LSH': Paper('lsh', '2011.01424', 'test_losses/test_lsh.py'),
     'MaKD': Paper('makd', '2604.03110', 'test_terms/test_multi_aspect.py'),
+    'Residual KD': Paper(
+        'residual-kd', '2002.09168', 'test_terms/test_residual.py'
+    ),
+    'Residual KD, joint': Paper(
+        'residual-kd',
+        '2002.09168',
+        'test_terms/test_residual.py',
+        tiny='residual-kd-joint_tiny',
+    ),
+    'SimKD': Paper(
+        'simkd',
+        '2203.14001',
+        'test_terms/test_simkd.py',
+        {'U5': "it begins with the teacher's head, plain training does not"},
+    ),
     'SSKD': Paper('sskd', '1812.01819', 'test_papers/test_sskd.py'),
     'CMKD': Paper('cmkd', '2410.06561', 'test_losses/test_cmkd.py'),
     'CrossKD': Paper('crosskd', '2306.11369', 'test_terms/test_cross_head.py'),
