@@ -114,8 +114,8 @@ FAMILIES = {
     ),
     'response': (
         'class scores, boxes, masks: what the heads say',
-        *('bckd', 'crosskd', 'dist', 'dkd', 'head', 'ld', 'mask-kd', 'nkd'),
-        *('rpn-kd', 'soft-target'),
+        *('bckd', 'crosskd', 'dist', 'dkd', 'head', 'ld', 'mask-kd', 'mhkd'),
+        *('nkd', 'rpn-kd', 'soft-target'),
     ),
     'instance': (
         'single objects: where the two differ most, or one query each',
@@ -143,6 +143,7 @@ TOLD_BY = {
     'lgd': 'LabelGuidedTerm',
     'makd': 'MultiAspectTerm',
     'mask-kd': 'MaskTerm',
+    'mhkd': 'MultiHeadTerm',
     'rpn-kd': 'SoftTargetLoss',
     'self-teaching': 'SelfTerm',
     'score-l2': 'WeightedMSELoss',
