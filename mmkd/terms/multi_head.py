@@ -20,7 +20,6 @@ from mmkd.checks import (
     check_positive,
 )
 from mmkd.classes import check_num_classes
-from mmkd.compat.checkpoint import read_checkpoint, state_dict_of
 from mmkd.losses.ld import edge_divergence
 from mmkd.losses.soft_target import soft_target_loss
 from mmkd.ops.numeric import as_float, zero_of
@@ -37,7 +36,7 @@ from mmkd.terms.decoding import (
     decode,
     giou_error,
 )
-from mmkd.terms.term import Term
+from mmkd.terms.prepared import PreparedTerm, learns
 
 if TYPE_CHECKING:
     from mmkd.teachers import Teacher
@@ -66,14 +65,12 @@ HEAD = dict(
         pos_weight=-1,
     ),
 )
-#: Where the heads of the teacher stand in a checkpoint, after the term.
-HEADS = 'teacher_heads.'
 #: Least sum of weights.
 EPS = 1e-6
 
 
 @MODELS.register_module()
-class MultiHeadTerm(Term):
+class MultiHeadTerm(PreparedTerm):
     r"""Detections of auxiliary heads at several depths, and of the last ones.
 
     A small dense head is put on each tapped map of the teacher, and one on
@@ -160,6 +157,9 @@ class MultiHeadTerm(Term):
         paper have 1 - alpha.
     """
 
+    given, learner = 'teacher_heads', 'student_heads'
+    setting = 'teacher_head_checkpoint'
+
     def __init__(
         self,
         teacher: str,
@@ -182,7 +182,7 @@ class MultiHeadTerm(Term):
         box_weight: float = 1.0,
         schedule: Mapping | None = None,
     ) -> None:
-        super().__init__(schedule)
+        super().__init__(teacher_head_checkpoint, schedule)
         check_positive('MultiHeadTerm', temperature=temperature)
         check_fraction('MultiHeadTerm', mix=mix)
         self.teacher, self.num_classes = teacher, num_classes
@@ -196,7 +196,6 @@ class MultiHeadTerm(Term):
         self.teacher_final = teacher_final or final
         self.head_weight, self.mix = head_weight, mix
         self.temperature, self.box_weight = temperature, box_weight
-        self.checkpoint = teacher_head_checkpoint
         if teacher_channels is None:
             teacher_channels = channels
         config = _head_config(head)
@@ -210,11 +209,7 @@ class MultiHeadTerm(Term):
                 _each('teacher_channels', teacher_channels, self.strides),
             )
         )
-        if self.checkpoint:
-            self.teacher_heads.requires_grad_(False)
-        #: Steps in which the teacher's heads learned.
-        self.register_buffer('taught', torch.zeros((), dtype=torch.long))
-        self._ready = False
+        self.hold()
 
     def silent(self) -> bool:
         return not (self.head_weight or self.mix)
@@ -222,14 +217,6 @@ class MultiHeadTerm(Term):
     def compares_classes(self) -> bool:
         # Of the auxiliary heads both sides learn the data set's.
         return self.final is not None and self.final != 'rpn_head'
-
-    def train(self, mode: bool = True) -> MultiHeadTerm:
-        super().train(mode)
-        if self.checkpoint:  # statistics that were loaded stay as they are
-            for one in self.teacher_heads.modules():
-                if isinstance(one, nn.modules.batchnorm._NormBase):
-                    one.eval()
-        return self
 
     def bind(
         self, student: nn.Module, teachers: Mapping[str, Teacher]
@@ -262,17 +249,16 @@ class MultiHeadTerm(Term):
         teacher.tap(self.teacher_final)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        self._prepare(step)
+        self.prepare(step)
         student, teacher = self._maps(step)
         theirs = _detect(self.teacher_heads, teacher)
         parts = {}
-        if _learns(self.teacher_heads):
+        if learns(self.teacher_heads):
             parts['teacher'] = self._supervised(
                 self.teacher_heads, theirs, step
             )
-            if self.training and not step.dry:
-                self.taught += 1
-        if _learns(self.student_heads):
+            self.count_lesson(step)
+        if learns(self.student_heads):
             ours = _detect(self.student_heads, student)
             labels = self._supervised(self.student_heads, ours, step)
             pairs = zip(self.student_heads, ours, self.teacher_heads, theirs)
@@ -377,50 +363,6 @@ class MultiHeadTerm(Term):
         student = step.student.at(self.final)
         return self._apart(own, student, other, teacher, step.gt)
 
-    def _prepare(self, step: Step) -> None:
-        """Load the teacher's heads, once; untrained ones teach nothing."""
-        if self._ready or step.dry:
-            return
-        if self.checkpoint and not self.taught:
-            self._load()
-        if not (_learns(self.teacher_heads) or self.taught):
-            raise ValueError(
-                f"MultiHeadTerm {self.name!r}: the teacher's heads neither "
-                f'learn nor ever did, and untrained ones teach nothing. Let '
-                f'them learn in a phase before this one, freeze='
-                f"'terms.{self.name}.student_heads', or set "
-                f'teacher_head_checkpoint=FILE.'
-            )
-        self._ready = not _learns(self.teacher_heads)
-
-    def _load(self) -> None:
-        state = state_dict_of(read_checkpoint(self.checkpoint))
-        groups: dict[str, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            owner, found, rest = key.partition(HEADS)
-            if found:
-                groups.setdefault(owner, {})[rest] = value
-        own = f'terms.{self.name}.'
-        if own not in groups and len(groups) == 1:
-            own = next(iter(groups))
-        if own not in groups:
-            raise ValueError(
-                f'MultiHeadTerm {self.name!r}: {self.checkpoint} holds '
-                f'teacher_heads of {sorted(groups) or "no term"}, and '
-                f'{own}teacher_heads are needed. Name a file of a training '
-                f'with this term, or leave teacher_head_checkpoint out and '
-                f'give them a phase.'
-            )
-        try:
-            self.teacher_heads.load_state_dict(groups[own])
-        except RuntimeError as error:
-            raise ValueError(
-                f"MultiHeadTerm {self.name!r}: the teacher's heads of "
-                f'{self.checkpoint} are others. Set head, head_channels, '
-                f'teacher_channels and num_classes as they were there. {error}'
-            ) from error
-        self.taught += 1
-
 
 def heads_apart(
     own: nn.Module,
@@ -498,10 +440,6 @@ def _tapped(
 
 def _detect(heads: nn.ModuleList, maps: Sequence[Tensor]) -> list[Any]:
     return [head((one,)) for head, one in zip(heads, maps)]
-
-
-def _learns(heads: nn.ModuleList) -> bool:
-    return any(one.requires_grad for one in heads.parameters())
 
 
 # Heads -----------------------------------------------------------------------
