@@ -47,20 +47,16 @@ class PreparedTerm(Term):
     def hold(self) -> None:
         """Keep the teacher's side as it is in the file; call it once built."""
         if self.checkpoint:
-            self.teacher_side.requires_grad_(False)
+            self._side.requires_grad_(False)
 
     @property
-    def teacher_side(self) -> nn.Module:
+    def _side(self) -> nn.Module:
         return getattr(self, self.given)
-
-    @property
-    def student_side(self) -> nn.Module:
-        return getattr(self, self.learner)
 
     def train(self, mode: bool = True) -> PreparedTerm:
         super().train(mode)
         if self.checkpoint:  # statistics that were loaded stay as they are
-            for one in self.teacher_side.modules():
+            for one in self._side.modules():
                 if isinstance(one, nn.modules.batchnorm._NormBase):
                     one.eval()
         return self
@@ -76,14 +72,14 @@ class PreparedTerm(Term):
             return
         if self.checkpoint and not self.taught:
             self._load()
-        if not (learns(self.teacher_side) or self.taught):
+        if not (learns(self._side) or self.taught):
             raise ValueError(
                 f'{self._who}: its {self.given} neither learn nor ever did, '
                 f'and untrained ones teach nothing. Let them learn in a phase '
                 f"before this one, freeze='terms.{self.name}.{self.learner}', "
                 f'or set {self.setting}=FILE.'
             )
-        self._ready = not learns(self.teacher_side)
+        self._ready = not learns(self._side)
 
     def count_lesson(self, step: Step) -> None:
         """Note that the teacher's side learns in this step."""
@@ -112,7 +108,7 @@ class PreparedTerm(Term):
                 f'{self.setting} out and give them a phase.'
             )
         try:
-            self.teacher_side.load_state_dict(groups[own])
+            self._side.load_state_dict(groups[own])
         except RuntimeError as error:
             raise ValueError(
                 f'{self._who}: {self.given} of {self.checkpoint} are others. '
