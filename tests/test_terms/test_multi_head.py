@@ -527,49 +527,6 @@ def test_heads_of_an_earlier_training_need_no_phase(build, trained):
     assert not same(again.terms['x'].teacher_heads, state(wanted))
 
 
-def test_a_term_of_another_name_may_have_trained_them(build, trained):
-    file, earlier = trained()
-    saved = torch.load(file)['state_dict']
-    renamed = {
-        key.replace('terms.x.', 'terms.y.'): one for key, one in saved.items()
-    }
-    torch.save(dict(state_dict=renamed), file)
-    student = build(teacher_head_checkpoint=file)
-    student.loss(*tiny.batch())
-    wanted = earlier.terms['x'].teacher_heads
-    assert same(student.terms['x'].teacher_heads, state(wanted))
-
-
-def test_the_term_of_its_own_name_comes_first(build, trained):
-    file, earlier = trained()
-    saved = torch.load(file)['state_dict']
-    other = {
-        key.replace('terms.x.', 'terms.a.'): 0 * one
-        for key, one in saved.items()
-        if key.startswith('terms.x.')
-    }
-    torch.save(dict(state_dict={**other, **saved}), file)
-    student = build(teacher_head_checkpoint=file)
-    student.loss(*tiny.batch())
-    wanted = earlier.terms['x'].teacher_heads
-    assert same(student.terms['x'].teacher_heads, state(wanted))
-
-
-def test_a_file_without_such_heads_is_refused(build, tmp_path):
-    file = tmp_path / 'plain.pth'
-    tiny.save_teacher(tiny.retinanet(), file)
-    student = build(teacher_head_checkpoint=str(file))
-    with pytest.raises(ValueError, match=r"'x': .*plain.pth holds .*no term"):
-        student.loss(*tiny.batch())
-
-
-def test_heads_of_another_width_are_refused(build, trained):
-    file, _ = trained()
-    student = build(teacher_head_checkpoint=file, head_channels=16)
-    with pytest.raises(ValueError, match='teacher_heads of .* are others'):
-        student.loss(*tiny.batch())
-
-
 def test_loaded_heads_have_no_phase_to_learn_in(build, trained):
     file, _ = trained()
     with pytest.raises(ValueError, match='Phase 1 .*no parameter'):
