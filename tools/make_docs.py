@@ -97,7 +97,7 @@ FAMILIES = {
     'feature': (
         'maps of backbone or neck as a whole',
         *('at', 'cwd', 'foundation', 'freekd', 'lgd', 'makd', 'mimic', 'pkd'),
-        *('reviewkd', 'ssim'),
+        *('reviewkd', 'ssim', 'unikd'),
     ),
     'focal region': (
         'maps where objects are, or where the teacher looks',
@@ -150,6 +150,7 @@ TOLD_BY = {
     'mtpd': 'MGDLoss',
     'multi-teacher': 'PKDLoss',
     'sskd': 'MimicLoss',
+    'unikd': 'UnifiedTerm',
 }
 
 #: What is done in a folder whose method is how it uses another's loss. Its

@@ -230,6 +230,15 @@ def test_what_a_head_says_of_the_border_does_not_count(two_heads):
     )
 
 
+def test_where_nothing_counts_nothing_is_apart(two_heads):
+    own, student, other, teacher, _ = two_heads('gfl')
+    nothing, whole = torch.zeros(0, 4), torch.tensor([[0.0, 0, 128, 128]])
+    gt = GroundTruth.from_boxes(
+        [nothing] * 2, shape=(128, 128), ignored=[whole] * 2
+    )
+    assert heads_apart(own, student, other, teacher, gt) == (0, 0)
+
+
 def test_equal_heads_are_not_apart_and_the_teacher_hears_nothing(two_heads):
     own, student, other, teacher, gt = two_heads('gfl')
     assert sum(heads_apart(own, teacher, other, teacher, gt)) < 1e-5
@@ -561,6 +570,21 @@ def test_loaded_heads_have_no_phase_to_learn_in(build, trained):
 def test_what_does_not_fit_is_refused_with_advice(build, settings, message):
     with pytest.raises(ValueError, match=message):
         build(**settings)
+
+
+@pytest.mark.parametrize(
+    ('cells', 'fits'), [((16, 15), True), ((17, 15), False), ((16, 14), False)]
+)
+def test_what_does_not_divide_may_be_rounded_either_way(build, cells, fits):
+    settings = dict(strides=(8,), channels=16, teacher_channels=32)
+    own = build(levels=(1,), **settings).terms['x']
+    check = own._check_maps
+    arguments = [torch.zeros(1, 16, *cells)], own.student_heads, (128, 127)
+    if fits:
+        check('student', *arguments)
+        return
+    with pytest.raises(ValueError, match='Set strides='):
+        check('student', *arguments)
 
 
 def test_heads_that_share_no_anchors_are_refused(build):

@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import tiny
 import torch
@@ -167,7 +165,9 @@ def test_a_standard_map_has_unit_variance_over_what_counts():
     torch.testing.assert_close(
         inside.var(0, correction=0), torch.ones(3), rtol=1e-4, atol=0
     )
-    assert standard(torch.ones(1, 1, 2, 2), count[:1, :, :2, :2]).sum() == 0
+    flat = torch.ones(1, 1, 2, 2)
+    assert standard(flat, flat).sum() == 0
+    assert standard(feature, 0 * count).isfinite().all()
 
 
 # Fusion ----------------------------------------------------------------------
@@ -306,21 +306,35 @@ def test_the_teachers_side_learns_to_tell_its_maps(build):
 
 
 def test_what_is_told_is_drawn_from_the_gaussians(build):
-    student = build(prior_weight=0.0)
-    data = tiny.batch()
-    quiet = copy.deepcopy(student)
+    """Noise of variance v adds v times the decoder's squared weights."""
+    student = build(levels=(0,), channels=(16,), prior_weight=0.0)
+    side = student.terms['x'].teacher_side
     with torch.no_grad():
-        side = quiet.terms['x'].teacher_side.predictor.log_variance
-        side.weight.zero_()
-        side.bias.fill_(-6.0)
-    loud = copy.deepcopy(quiet)
-    with torch.no_grad():
-        loud.terms['x'].teacher_side.predictor.log_variance.bias.fill_(3.0)
-    errors = [
-        shares(one.loss(*copy.deepcopy(data)))['teacher']
-        for one in (quiet, loud)
-    ]
-    assert errors[1] > 1.2 * errors[0]
+        side.predictor.log_variance.weight.zero_()
+        side.predictor.log_variance.bias.fill_(3.0)
+    drawn = shares(student.loss(*tiny.batch()))['teacher']
+    student.terms.eval()
+    told = shares(student.loss(*tiny.batch()))['teacher']
+    (decode,) = side.decoders
+    added = torch.tensor(3.0).exp() * decode.weight.square().sum() / 16
+    torch.testing.assert_close(drawn - told, added, rtol=0.15, atol=0)
+
+
+def test_of_several_levels_and_anchors_the_largest_weight_counts(build):
+    student = build()
+    images, samples = tiny.batch()
+    fine, coarse = torch.rand(2, 2, 16, 16), torch.rand(2, 1, 8, 8)
+    own = student.terms['x']
+    # Not a module, so that it is not asked for parameters.
+    own._modules.pop('weight')
+    own.weight = lambda step: [fine, coarse]
+    step = type('Step', (), {})()
+    step.gt = GroundTruth.from_samples(samples, images)
+    found = own._weights(step, torch.zeros(2, 1, 16, 16))
+    large = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    wanted = torch.cat([fine, large], 1).amax(1, keepdim=True)
+    inside = valid_mask(step.gt, (16, 16))
+    torch.testing.assert_close(found, wanted * inside)
 
 
 def test_the_divergence_teaches_the_student_and_never_the_teachers_side(
