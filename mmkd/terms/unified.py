@@ -125,7 +125,7 @@ class UnifiedTerm(PreparedTerm):
         dist_dim: int = 64,
         weight: Mapping | None = None,
         uniform: bool = False,
-        prior_weight: float = 0.01,
+        prior_weight: float = 0.03,
         teacher_side_checkpoint: str | None = None,
         loss_weight: float = 1.0,
         schedule: Mapping | None = None,

@@ -32,12 +32,12 @@ model = dict(
     ),
     phases=[
         dict(
-            length=40,
+            length=60,
             train=(),
             terms='features',
             freeze='terms.features.student_side',
             supervised=False,
         ),
-        dict(length=120, freeze='terms.features.teacher_side'),
+        dict(length=100, freeze='terms.features.teacher_side'),
     ],
 )
