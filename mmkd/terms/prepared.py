@@ -118,5 +118,10 @@ class PreparedTerm(Term):
 
 
 def learns(module: nn.Module) -> bool:
-    """Whether any of its parameters does."""
+    """Whether any of its parameters does.
+
+    Example:
+        >>> learns(nn.Linear(2, 2).requires_grad_(False))
+        False
+    """
     return any(one.requires_grad for one in module.parameters())

@@ -302,6 +302,11 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
     Args:
         values: (N, 1, H, W).
         weight: Of the same shape, at least 0.
+
+    Example:
+        >>> values = torch.tensor([1.0, 5.0, 9.0])
+        >>> weighted_mean(values, torch.tensor([3.0, 1.0, 0.0])).item()
+        2.0
     """
     return (weight * values).sum() / weight.sum().clamp(min=EPS)
 
@@ -343,6 +348,11 @@ class GatedFusion(nn.Module):
     Args:
         channels: Of the maps, from fine to coarse.
         fuse_dim: Of what comes out.
+
+    Example:
+        >>> fusion = GatedFusion((3, 5), fuse_dim=8)
+        >>> fusion([torch.rand(1, 3, 7, 7), torch.rand(1, 5, 4, 4)]).shape
+        torch.Size([1, 8, 7, 7])
     """
 
     def __init__(self, channels: Sequence[int], fuse_dim: int) -> None:
