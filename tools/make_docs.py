@@ -97,7 +97,7 @@ FAMILIES = {
     'feature': (
         'maps of backbone or neck as a whole',
         *('at', 'cwd', 'foundation', 'freekd', 'lgd', 'lsh', 'makd', 'mimic'),
-        *('pkd', 'residual-kd', 'reviewkd', 'simkd', 'ssim'),
+        *('pkd', 'residual-kd', 'reviewkd', 'simkd', 'ssim', 'unikd'),
     ),
     'focal region': (
         'maps where objects are, or where the teacher looks',
@@ -115,7 +115,7 @@ FAMILIES = {
     'response': (
         'class scores, boxes, masks: what the heads say',
         *('bckd', 'cmkd', 'crosskd', 'dist', 'dkd', 'head', 'ld', 'mask-kd'),
-        *('nkd', 'rpn-kd', 'soft-target'),
+        *('mhkd', 'nkd', 'rpn-kd', 'soft-target'),
     ),
     'instance': (
         'single objects: where the two differ most, or one query each',
@@ -143,6 +143,7 @@ TOLD_BY = {
     'lgd': 'LabelGuidedTerm',
     'makd': 'MultiAspectTerm',
     'mask-kd': 'MaskTerm',
+    'mhkd': 'MultiHeadTerm',
     'mtpd': 'MGDLoss',
     'multi-teacher': 'PKDLoss',
     'residual-kd': 'ResidualTerm',
@@ -151,6 +152,7 @@ TOLD_BY = {
     'self-teaching': 'SelfTerm',
     'simkd': 'SimKDTerm',
     'sskd': 'MimicLoss',
+    'unikd': 'UnifiedTerm',
 }
 
 #: What is done in a folder whose method is how it uses another's loss. Its

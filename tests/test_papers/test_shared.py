@@ -74,6 +74,8 @@ PAPERS = {
     'SSKD': Paper('sskd', '1812.01819', 'test_papers/test_sskd.py'),
     'CMKD': Paper('cmkd', '2410.06561', 'test_losses/test_cmkd.py'),
     'CrossKD': Paper('crosskd', '2306.11369', 'test_terms/test_cross_head.py'),
+    'MHKD': Paper('mhkd', '2012.02911', 'test_terms/test_multi_head.py'),
+    'UniKD': Paper('unikd', '2409.18565', 'test_terms/test_unified.py'),
 }
 
 
