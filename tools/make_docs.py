@@ -110,7 +110,8 @@ FAMILIES = {
     ),
     'relational': (
         'how places or objects resemble each other',
-        *('affinity', 'cckd', 'rkd', 'sp', 'FGD, global part'),
+        *('affinity', 'cckd', 'dlkd', 'mlkd-bert', 'rkd', 'sp'),
+        'FGD, global part',
     ),
     'response': (
         'class scores, boxes, masks: what the heads say',
@@ -143,6 +144,7 @@ TOLD_BY = {
     'lgd': 'LabelGuidedTerm',
     'makd': 'MultiAspectTerm',
     'mask-kd': 'MaskTerm',
+    'mlkd-bert': 'MLKDBertLayersTerm',
     'rpn-kd': 'SoftTargetLoss',
     'self-teaching': 'SelfTerm',
     'score-l2': 'WeightedMSELoss',
