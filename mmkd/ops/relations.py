@@ -25,6 +25,7 @@ def row_divergence(
         At least 0, (…, M); 0 where nothing is there.
 
     Example:
+        >>> import torch
         >>> x = torch.randn(4, 3)
         >>> row_divergence(x + 5, x).abs().max().item() < 1e-6
         True
@@ -48,6 +49,7 @@ def products(tokens: Tensor) -> Tensor:
         (…, M, M), float32.
 
     Example:
+        >>> import torch
         >>> products(torch.tensor([[2.0, 0, 0, 0], [0, 4.0, 0, 0]])).tolist()
         [[2.0, 0.0], [0.0, 8.0]]
     """
@@ -75,6 +77,7 @@ def relation_divergence(
         Scalar >= 0.
 
     Example:
+        >>> import torch
         >>> x = torch.randn(2, 5, 4)
         >>> relation_divergence(x.flip(2), x).item() < 1e-6
         True
