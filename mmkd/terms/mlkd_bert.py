@@ -379,7 +379,7 @@ class MLKDBertLayersTerm(Term):
         valid = _valid(step, own)
         with full_precision(own):
             error = projection(_kept(own, valid)) - _kept(other, valid)
-        count = valid.sum().clamp(min=1) * error.shape[1]
+        count = valid.sum() * error.shape[1]
         return error.square().sum() / count
 
     def _same(
