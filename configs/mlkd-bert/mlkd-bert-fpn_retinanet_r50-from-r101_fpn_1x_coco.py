@@ -60,7 +60,12 @@ model = dict(
                 type='mmkd.SoftTargetLoss', num_classes=80, temperature=2.0
             ),
         ),
-        kd_box=dict(type='mmkd.BoxTerm', teacher='r101'),
+        kd_box=dict(
+            type='mmkd.BoxTerm',
+            teacher='r101',
+            weight=dict(type='mmkd.ScoreWeight'),
+            normalise_by='weight',
+        ),
     ),
     phases=[
         dict(

@@ -32,7 +32,12 @@ model = dict(
                 type='mmkd.SoftTargetLoss', num_classes=6, temperature=2.0
             ),
         ),
-        kd_box=dict(type='mmkd.BoxTerm', teacher='big'),
+        kd_box=dict(
+            type='mmkd.BoxTerm',
+            teacher='big',
+            weight=dict(type='mmkd.ScoreWeight'),
+            normalise_by='weight',
+        ),
     ),
     phases=[
         dict(
