@@ -125,8 +125,8 @@ class MLKDBertLayersTerm(Term):
         ``attn=False``.
 
     Raises:
-        ValueError: If a backbone is no Swin, or channels, blocks or splits do
-            not fit, while the model is built.
+        ValueError: If a backbone is no Swin, channels, blocks or splits do
+            not fit, or the teacher has a cache, while the model is built.
 
     Reference:
         Zhang et al., "MLKD-BERT: Multi-level Knowledge Distillation for
@@ -198,6 +198,12 @@ class MLKDBertLayersTerm(Term):
             self.tap(student, self.path)
             teacher.tap(self.path)
             return
+        if teacher.memory is not None:
+            raise ValueError(
+                f'MLKDBertLayersTerm reads what attention hands on, which a '
+                f'teacher with a cache does not keep. Set cache=0 for teacher '
+                f'{self.teacher!r}.'
+            )
         own, other = (
             self._stages(detector, side)
             for detector, side in (

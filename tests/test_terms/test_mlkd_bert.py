@@ -52,6 +52,8 @@ def teacher():
 class Teacher:
     """As much of a teacher as a term binds."""
 
+    memory = None
+
     def __init__(self, detector):
         self.detector, self.paths = detector, []
 
@@ -615,3 +617,10 @@ def test_settings_that_make_no_sense_are_refused():
 def test_an_unknown_teacher_is_named(student):
     with pytest.raises(ValueError, match="no teacher 'big'"):
         build().bind(student, {})
+
+
+def test_a_teacher_with_a_cache_is_refused(student, teacher):
+    big = Teacher(teacher)
+    big.memory = object()
+    with pytest.raises(ValueError, match="cache=0 for teacher 'big'"):
+        build().bind(student, {'big': big})
