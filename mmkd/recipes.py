@@ -751,6 +751,17 @@ def lsh(pair: Pair) -> Terms:
 
 
 @_method
+def dlkd(pair: Pair) -> Terms:
+    loss = dict(
+        type='mmkd.DLKDLoss',
+        loss_weight=0.05,
+        student_channels=pair.channels,
+        teacher_channels=pair.channels,
+    )
+    return dict(dlkd=pair.term(loss))
+
+
+@_method
 def default(pair: Pair) -> Terms:
     """A feature and, where heads agree, a response term, by gradient."""
     terms = pkd(pair)

@@ -110,7 +110,8 @@ FAMILIES = {
     ),
     'relational': (
         'how places or objects resemble each other',
-        *('affinity', 'cckd', 'rkd', 'sp', 'FGD, global part'),
+        *('affinity', 'cckd', 'dlkd', 'mlkd-bert', 'rkd', 'sp'),
+        *('FGD, global part',),
     ),
     'response': (
         'class scores, boxes, masks: what the heads say',
@@ -144,6 +145,7 @@ TOLD_BY = {
     'makd': 'MultiAspectTerm',
     'mask-kd': 'MaskTerm',
     'mhkd': 'MultiHeadTerm',
+    'mlkd-bert': 'MLKDBertLayersTerm',
     'mtpd': 'MGDLoss',
     'multi-teacher': 'PKDLoss',
     'residual-kd': 'ResidualTerm',

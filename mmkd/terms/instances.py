@@ -17,7 +17,6 @@ from mmdet.models.dense_heads import (
 from mmdet.models.losses import L1Loss, SmoothL1Loss
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from mmkd.build import build
 from mmkd.checks import (
@@ -27,6 +26,7 @@ from mmkd.checks import (
     check_same_shape,
 )
 from mmkd.ops.numeric import as_float, full_precision
+from mmkd.ops.regions import pyramid_bins, pyramid_level
 from mmkd.ops.scores import bernoulli_divergence
 from mmkd.registry import MODELS
 from mmkd.structures import Outputs, Step
@@ -360,19 +360,9 @@ def _clipped(boxes: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def levels_of(boxes: Tensor, head: nn.Module) -> Tensor:
-    """Index of the level that each box is read from, (N, K, 4) → (N, K).
-
-    Reference:
-        Lin et al., "Feature Pyramid Networks for Object Detection", CVPR
-        2017, arXiv:1612.03144, equation 1.
-    """
-    side = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt()
-    wanted = STRIDE * torch.exp2((side / SIDE).log2().floor())
-    coarser = head.prior_generator.strides[1:]
-    return sum(
-        ((wanted >= stride).long() for stride, _ in coarser),
-        torch.zeros_like(wanted, dtype=torch.long),
-    )
+    """Index of the level that each box is read from, (N, K, 4) → (N, K)."""
+    strides = [stride for stride, _ in head.prior_generator.strides]
+    return pyramid_level(boxes, strides, SIDE, STRIDE)
 
 
 def read(
@@ -383,9 +373,6 @@ def read(
     bins: int,
 ) -> Tensor:
     """What the maps hold at boxes, each at its level.
-
-    Every level is read at every box, for which boxes are whose is not known
-    to the host.
 
     Args:
         maps: (N, C, H, W) a level.
@@ -398,20 +385,10 @@ def read(
         (N·K, C, bins, bins), float32.
     """
     images = torch.arange(len(boxes), device=boxes.device)
-    image = images[:, None, None].expand(-1, boxes.shape[1], 1)
-    found = 0.0
-    for index, one in enumerate(maps):
-        one = as_float(one)
-        rows, columns = one.shape[-2:]
-        x = boxes[..., 0::2] * (columns / size[1])
-        y = boxes[..., 1::2] * (rows / size[0])
-        corners = torch.stack([x, y], 3).flatten(2)
-        regions = torch.cat([image, corners], 2).flatten(0, 1).to(one)
-        here = (level == index).flatten()[:, None, None, None]
-        found = found + here * roi_align(
-            one, regions, bins, sampling_ratio=2, aligned=True
-        )
-    return found
+    image = images[:, None].expand(boxes.shape[:2])
+    return pyramid_bins(
+        maps, boxes.flatten(0, 1), image.flatten(), level.flatten(), size, bins
+    )
 
 
 def relate(student: Tensor, teacher: Tensor, there: Tensor) -> Tensor:

@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from mmkd.ops.regions import region_vectors
+from mmkd.ops.regions import (
+    jittered_boxes,
+    pyramid_bins,
+    pyramid_level,
+    region_vectors,
+)
 from mmkd.structures import GroundTruth
 
 
@@ -97,3 +102,103 @@ def test_no_value_is_read_on_the_host():
 def test_missing_ground_truth_is_named():
     with pytest.raises(ValueError, match='gt=None'):
         region_vectors(torch.ones(1, 2, 4, 4), None)
+
+
+# A pyramid -------------------------------------------------------------------
+
+
+def square(side):
+    return [0.0, 0, side, side]
+
+
+def test_the_level_follows_the_size_of_the_box():
+    boxes = torch.tensor([square(side) for side in (0, 111, 112, 224, 447)])
+    levels = pyramid_level(boxes, (8, 16, 32))
+    assert levels.tolist() == [0, 0, 0, 1, 1]
+    huge = torch.tensor([square(448), square(9000)])
+    assert pyramid_level(huge, (8, 16, 32)).tolist() == [2, 2]
+
+
+def test_side_and_stride_say_which_box_is_read_where():
+    boxes = torch.tensor([square(side) for side in (19, 20, 40)])
+    assert pyramid_level(boxes, (4, 8, 16), side=20, stride=8).tolist() == [
+        0,
+        1,
+        2,
+    ]
+    # The root of the area counts: 10 x 40 is as 20 x 20.
+    flat = torch.tensor([[0.0, 0, 10, 40]])
+    assert pyramid_level(flat, (4, 8, 16), side=20, stride=8).tolist() == [1]
+
+
+def test_each_box_is_read_at_its_level_alone():
+    maps = [torch.full((2, 3, 8, 8), 1.0), torch.full((2, 3, 4, 4), 2.0)]
+    maps[1][1] = 5.0
+    boxes = torch.tensor([square(16.0)] * 3)
+    bins = pyramid_bins(
+        maps,
+        boxes,
+        image=torch.tensor([0, 0, 1]),
+        level=torch.tensor([0, 1, 1]),
+        shape=(32, 32),
+        output_size=2,
+    )
+    assert bins.shape == (3, 3, 2, 2)
+    assert bins.mean((1, 2, 3)).tolist() == [1, 2, 5]
+
+
+def test_a_level_that_is_not_read_may_be_infinite():
+    maps = [torch.ones(1, 1, 8, 8), torch.full((1, 1, 4, 4), torch.inf)]
+    index = torch.zeros(1, dtype=torch.long)
+    boxes = torch.tensor([square(16.0)])
+    bins = pyramid_bins(maps, boxes, index, index, (32, 32))
+    assert (bins == 1).all()
+
+
+# Views -----------------------------------------------------------------------
+
+SIZES = torch.tensor([[1000.0, 1000]])
+
+
+def test_views_stand_behind_the_box_itself():
+    torch.manual_seed(0)
+    boxes = torch.tensor([[100.0, 200, 140, 280], [5, 5, 9, 9]])
+    views = jittered_boxes(boxes, SIZES.expand(2, 2), 3, 0.1)
+    assert views.shape == (2, 4, 4)
+    assert torch.equal(views[:, 0], boxes)
+
+
+def test_views_move_and_stretch_as_far_as_the_jitter_says():
+    torch.manual_seed(0)
+    boxes = torch.tensor([[100.0, 200, 140, 280]])
+    views = jittered_boxes(boxes, SIZES, 4000, 0.2)[0, 1:]
+    centre = (views[:, :2] + views[:, 2:]) / 2 - torch.tensor([120.0, 240])
+    side = views[:, 2:] - views[:, :2]
+    for found, most in (
+        (centre[:, 0], 8),
+        (centre[:, 1], 16),
+        (side[:, 0] - 40, 8),
+        (side[:, 1] - 80, 16),
+    ):
+        assert found.abs().max() <= most + 1e-3
+        assert found.max() > 0.95 * most
+        assert found.min() < -0.95 * most
+        assert found.mean().abs() < 0.05 * most
+    # Four draws of their own.
+    draws = torch.cat([centre, side], 1).T
+    assert (torch.corrcoef(draws) - torch.eye(4)).abs().max() < 0.1
+
+
+def test_without_jitter_views_are_the_box():
+    boxes = torch.tensor([[100.0, 200, 140, 280]])
+    views = jittered_boxes(boxes, SIZES, 2, 0.0)
+    torch.testing.assert_close(views[0], boxes.expand(3, 4))
+
+
+def test_views_end_at_the_border_of_their_image():
+    torch.manual_seed(0)
+    boxes = torch.tensor([[0.0, 0, 50, 30]])
+    views = jittered_boxes(boxes, torch.tensor([[50.0, 30]]), 500, 0.5)
+    assert views.min() == 0
+    assert views[..., 0::2].max() == 50
+    assert views[..., 1::2].max() == 30

@@ -76,6 +76,16 @@ PAPERS = {
     'CrossKD': Paper('crosskd', '2306.11369', 'test_terms/test_cross_head.py'),
     'MHKD': Paper('mhkd', '2012.02911', 'test_terms/test_multi_head.py'),
     'UniKD': Paper('unikd', '2409.18565', 'test_terms/test_unified.py'),
+    'DLKD': Paper('dlkd', '2012.00573', 'test_losses/test_dlkd.py'),
+    'MLKD-BERT': Paper(
+        'mlkd-bert', '2407.02775', 'test_terms/test_mlkd_bert.py'
+    ),
+    'MLKD-BERT on a pyramid': Paper(
+        'mlkd-bert',
+        '2407.02775',
+        'test_terms/test_mlkd_bert.py',
+        tiny='mlkd-bert-fpn_tiny',
+    ),
 }
 
 
