@@ -43,10 +43,9 @@ def grid_relation(feature: Tensor, valid: Tensor, grid: int) -> Tensor:
         >>> grid_relation(feature, torch.ones(1, 1, 1, 2), 2).shape
         torch.Size([1, 16])
     """
-    # Parts smaller than a cell repeat it.
-    both = torch.cat([as_float(feature) * valid, valid.to(feature)], 1)
-    parts = F.adaptive_avg_pool2d(both, grid)[:, :-1].flatten(2)
-    directions = unit(parts, dim=1)  # N, C, P
+    # Parts smaller than a cell repeat it; their scale does not matter.
+    parts = F.adaptive_avg_pool2d(as_float(feature) * valid, grid)
+    directions = unit(parts.flatten(2), dim=1)  # N, C, P
     with full_precision(directions):
         cosines = directions.transpose(1, 2) @ directions
     return cosines.flatten(1)
