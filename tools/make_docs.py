@@ -96,6 +96,7 @@ TITLES = {'Not kept': 'Not kept of what losses promise'}
 FAMILIES = {
     'feature': (
         'maps of backbone or neck as a whole',
+        *('alp', 'semckd', 'uhkd'),
         *('at', 'cwd', 'foundation', 'freekd', 'lgd', 'lsh', 'makd', 'mimic'),
         *('pkd', 'residual-kd', 'reviewkd', 'simkd', 'ssim', 'unikd'),
     ),

@@ -89,9 +89,10 @@ class Embedding(nn.Sequential):
         return unit(super().forward(relation), dim=1)
 
 
-def projector(in_channels: int, out_channels: int) -> nn.Sequential:
+def projector(
+    in_channels: int, out_channels: int, inside: int
+) -> nn.Sequential:
     """What brings a student's layer to a teacher's channels, for one pair."""
-    inside = 2 * out_channels
     return nn.Sequential(
         nn.Conv2d(in_channels, inside, 1, bias=False),
         nn.BatchNorm2d(inside),
@@ -135,6 +136,9 @@ class SemCKDLoss(nn.Module):
             4.
         max_stride_ratio: Pairs whose sizes differ by more get no weight; None
             for no limit.
+        mid_channels: Channels inside a projector; the paper's, twice the
+            teacher's, if None. Those of a ResNet's last stage alone would
+            take 150 million numbers.
         loss_weight: Outer factor w. Published for classifiers: 400 on
             CIFAR-100, 50 on ImageNet; the default is ours.
         keep_padding: Let cells of the padded border count.
@@ -177,6 +181,7 @@ class SemCKDLoss(nn.Module):
         soft: float = 1.0,
         embed_factor: int = 4,
         max_stride_ratio: float | None = None,
+        mid_channels: int | None = None,
         loss_weight: float = 1.0,
         keep_padding: bool = False,
     ) -> None:
@@ -185,6 +190,8 @@ class SemCKDLoss(nn.Module):
         check_positive(
             'SemCKDLoss', grid=grid, soft=soft, embed_factor=embed_factor
         )
+        if mid_channels is not None:
+            check_positive('SemCKDLoss', mid_channels=mid_channels)
         self.student_channels = tuple(student_channels)
         self.teacher_channels = tuple(teacher_channels)
         width = _width(relation, grid, batch_size, embed_factor)
@@ -201,7 +208,8 @@ class SemCKDLoss(nn.Module):
         )
         self.projectors = nn.ModuleList(
             nn.ModuleList(
-                projector(one, other) for other in self.teacher_channels
+                projector(one, other, mid_channels or 2 * other)
+                for other in self.teacher_channels
             )
             for one in self.student_channels
         )

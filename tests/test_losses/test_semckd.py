@@ -167,7 +167,9 @@ def test_widths_are_the_papers():
         *('Conv2d', 'BatchNorm2d', 'ReLU'),
         *('Conv2d', 'BatchNorm2d', 'ReLU', 'Conv2d'),
     ]
-    assert SemCKDLoss([5], [6]).keys[0][0].weight.shape == (128, 256)
+    loss = SemCKDLoss([5], [6], mid_channels=7)
+    assert loss.keys[0][0].weight.shape == (128, 256)
+    assert loss.projectors[0][0][3].weight.shape == (7, 7, 3, 3)
 
 
 def test_weights_sum_to_one_over_the_teacher_and_differ(pyramids):
@@ -371,6 +373,7 @@ def test_layers_that_it_was_not_built_for_are_named(flat):
         (dict(grid=0), 'grid > 0'),
         (dict(soft=0.0), 'soft > 0'),
         (dict(embed_factor=0), 'embed_factor > 0'),
+        (dict(mid_channels=0), 'mid_channels > 0'),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):
