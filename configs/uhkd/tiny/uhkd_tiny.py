@@ -1,15 +1,20 @@
-"""UHKD: a tiny RetinaNet learns the low frequencies of one twice as wide."""
+"""UHKD: a tiny RetinaNet on ResNet learns the low frequencies of a Swin's."""
 
 _base_ = '../../_base_/tiny/retinanet.py'
 
 model = dict(
     type='mmkd.Distiller',
     student=_base_.model.type,
-    teachers=dict(big=_base_.teacher),
+    teachers=dict(
+        swin=dict(
+            config='configs/_base_/tiny/retinanet_swin_teacher.py',
+            checkpoint='work_dirs/tiny/teachers/retinanet_swin/iter_640.pth',
+        )
+    ),
     terms=dict(
         uhkd=dict(
             type='mmkd.FeatureTerm',
-            teacher='big',
+            teacher='swin',
             tap='backbone',
             levels=(0, 1),  # the coarsest has three cells in each direction
             align=dict(
@@ -26,7 +31,7 @@ model = dict(
         ),
         soft_target=dict(
             type='mmkd.FeatureTerm',
-            teacher='big',
+            teacher='swin',
             tap='bbox_head',
             output=0,
             loss=dict(type='mmkd.SoftTargetLoss', num_classes=6),
