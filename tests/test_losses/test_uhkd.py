@@ -210,6 +210,17 @@ def test_mean_and_scale_are_those_of_the_cells_that_count(maps):
     torch.testing.assert_close(loss(*maps, gt), (first + small(*inside)) / 2)
 
 
+def test_an_image_without_a_cell_that_counts_costs_nothing(maps):
+    gt = GroundTruth.from_boxes(
+        [torch.zeros(0, 4)] * 2,
+        shape=(64, 64),
+        image_shapes=[(64, 64), (0, 0)],
+    )
+    loss = UHKDLoss(grid=None, keep=(4, 4))
+    alone = loss(*(one[:1] for one in maps))
+    torch.testing.assert_close(loss(*maps, gt), alone / 2)
+
+
 def test_tokens_are_the_map_that_they_are_of():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 2, 5, 6, 8).unbind()
