@@ -292,14 +292,15 @@ class SemCKDLoss(nn.Module):
     ) -> Tensor:
         """Mean square over channels and cells that count, (N,)."""
         (one, own), (other, valid) = student, teacher
-        if one.shape[-2] * one.shape[-1] < other.shape[-2] * other.shape[-1]:
-            valid = own
-        size = valid.shape[-2:]
-        one = resize_valid(one, own, size)
-        other = resize_valid(other, teacher[1], size)
+        smaller = min(own, valid, key=torch.Tensor.numel)
+        size = smaller.shape[-2:]
+        one, other = (
+            resize_valid(one, own, size),
+            resize_valid(other, valid, size),
+        )
         with full_precision(one):
             error = (project(one) - other).square().mean(1, keepdim=True)
-        return masked_mean(error, valid)[:, 0]
+        return masked_mean(error, smaller)[:, 0]
 
     def _pairs(
         self, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]

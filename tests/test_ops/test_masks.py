@@ -440,6 +440,13 @@ def test_a_smaller_map_averages_the_cells_that_count():
     torch.testing.assert_close(found, expected)
 
 
+def test_a_map_smaller_in_one_direction_averages_as_well():
+    torch.manual_seed(0)
+    feature, ones = torch.randn(1, 2, 4, 6), torch.ones(1, 1, 4, 6)
+    expected = feature.unflatten(3, (2, 3)).mean(4)
+    torch.testing.assert_close(resize_valid(feature, ones, (4, 2)), expected)
+
+
 def test_a_larger_map_is_not_pulled_down_by_its_border():
     feature = torch.tensor([5.0, 5, 7]).expand(1, 1, 3, 3)
     valid = torch.tensor([1.0, 1, 0]).expand(1, 1, 3, 3)
