@@ -762,6 +762,31 @@ def dlkd(pair: Pair) -> Terms:
 
 
 @_method
+def uhkd(pair: Pair) -> Terms:
+    own, other = ([one.channels[i] for one in pair.levels] for i in (0, 1))
+    neck = dict(type='mmkd.SpectralAdapt', in_channels=own, out_channels=other)
+    loss = dict(type='mmkd.UHKDLoss')
+    return dict(uhkd=pair.term(loss, adapt=False, align=neck))
+
+
+@_method
+def alp(pair: Pair) -> Terms:
+    return dict(alp=pair.term(dict(type='mmkd.ALPLoss', loss_weight=5.0)))
+
+
+@_method
+def semckd(pair: Pair) -> Terms:
+    own, other = zip(*(level.channels for level in pair.levels))
+    loss = dict(
+        type='mmkd.SemCKDLoss',
+        student_channels=own,
+        teacher_channels=other,
+        mid_channels=256,
+    )
+    return dict(semckd=pair.term(loss, adapt=False))
+
+
+@_method
 def default(pair: Pair) -> Terms:
     """A feature and, where heads agree, a response term, by gradient."""
     terms = pkd(pair)

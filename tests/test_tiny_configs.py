@@ -206,8 +206,8 @@ def test_one_of_this_commit_learns_for_a_few_steps(path, pictures, tmp_path):
             if f'{key}_'.startswith(f'train/loss_kd_{name}_')
         ]
         assert keys, f'{name} is not in the log: {sorted(log)}'
-        for key in keys:
-            values = log[key][0]
-            assert len(values) == STEPS
-            assert all(math.isfinite(value) for value in values), key
-            assert any(value > 0 for value in values), key
+        # One that rests in a phase logs its parts in the others alone.
+        values = [value for key in keys for value in log[key][0]]
+        assert len(values) >= STEPS
+        assert all(math.isfinite(value) for value in values), name
+        assert any(value > 0 for value in values), name

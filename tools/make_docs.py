@@ -96,8 +96,9 @@ TITLES = {'Not kept': 'Not kept of what losses promise'}
 FAMILIES = {
     'feature': (
         'maps of backbone or neck as a whole',
-        *('at', 'cwd', 'foundation', 'freekd', 'lgd', 'lsh', 'makd', 'mimic'),
-        *('pkd', 'residual-kd', 'reviewkd', 'simkd', 'ssim', 'unikd'),
+        *('alp', 'at', 'cwd', 'foundation', 'freekd', 'lgd', 'lsh', 'makd'),
+        *('mimic', 'pkd', 'residual-kd', 'reviewkd', 'semckd', 'simkd'),
+        *('ssim', 'uhkd', 'unikd'),
     ),
     'focal region': (
         'maps where objects are, or where the teacher looks',

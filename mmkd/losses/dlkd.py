@@ -137,12 +137,12 @@ class DLKDLoss(nn.Module):
 
     Reference:
         Ding et al., "Multi-level Knowledge Distillation via Knowledge
-        Alignment and Correlation" (Dual-Level Knowledge Distillation, IEEE
-        TNNLS 2024), arXiv:2012.00573. Facts from a summary of the authors'
-        code (https://github.com/ifding/DLKD). Theirs are the three parts, the
-        layers, temperatures and weights. Ours: regions as samples, boxes
-        jittered in place of rotations, the level of a box, and that views
-        are contrasted as well.
+        Alignment and Correlation", arXiv:2012.00573, later Dual-Level
+        Knowledge Distillation (IEEE TNNLS 2024). Facts from a summary of the
+        authors' code (https://github.com/ifding/DLKD). Theirs are the three
+        parts, the layers, temperatures and weights. Ours: regions as samples,
+        boxes jittered in place of rotations, the level of a box, and that
+        views are contrasted as well.
     """
 
     scope = 'levels'

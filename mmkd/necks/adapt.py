@@ -68,9 +68,11 @@ class ConvAdapt(nn.Module):
             )
         if resize is not None:
             check_name('ConvAdapt', 'resize', resize, ['student'])
-        count = _count_levels(in_channels, out_channels, num_levels)
-        self.in_channels = _each_level(in_channels, count)
-        self.out_channels = _each_level(out_channels, count)
+        count = count_levels(
+            'ConvAdapt', in_channels, out_channels, num_levels
+        )
+        self.in_channels = each_level(in_channels, count)
+        self.out_channels = each_level(out_channels, count)
         self.resize = resize
         self.adapts = nn.ModuleList(
             _convs(one, other, convs, kernel_size, norm, act)
@@ -82,7 +84,7 @@ class ConvAdapt(nn.Module):
         student: tuple[Tensor, ...],
         like: tuple[Tensor, ...] | None = None,
     ) -> tuple[Tensor, ...]:
-        _check_count('ConvAdapt', student, len(self.adapts), 'num_levels')
+        check_count('ConvAdapt', student, len(self.adapts), 'num_levels')
         for one, expected in zip(student, self.in_channels):
             check_channels('ConvAdapt', one, expected)
         # A frozen teacher may run in half precision without autocast.
@@ -180,7 +182,7 @@ def _resize(
             f'{who} resizes maps to those they are compared with, got '
             f'like=None. Call it as align(student_maps, teacher_maps).'
         )
-    _check_count(who, maps, len(like), 'levels')
+    check_count(who, maps, len(like), 'levels')
     return tuple(
         one
         if one.shape[2:] == other.shape[2:]
@@ -189,9 +191,14 @@ def _resize(
     )
 
 
-def _check_count(
+def check_count(
     who: str, maps: tuple[Tensor, ...], expected: int, setting: str
 ) -> None:
+    """As many maps as a neck has levels.
+
+    Raises:
+        ValueError: If not; the message names the setting.
+    """
     if len(maps) == expected:
         return
     raise ValueError(
@@ -200,11 +207,13 @@ def _check_count(
     )
 
 
-def _count_levels(
+def count_levels(
+    who: str,
     in_channels: int | Sequence[int],
     out_channels: int | Sequence[int],
     num_levels: int | None,
 ) -> int:
+    """The one number of levels that all arguments agree on."""
     counts = {
         len(one)
         for one in (in_channels, out_channels)
@@ -220,17 +229,18 @@ def _count_levels(
     )
     if not counts:
         raise ValueError(
-            f'ConvAdapt has one convolution a level and must know how many: '
+            f'{who} has convolutions of each level and must know how many: '
             f'got {given}. Add for instance levels=(0, 1, 2, 3, 4) to the '
             f'term, or num_levels=5 here.'
         )
     raise ValueError(
-        f'ConvAdapt needs one number of levels, got {given}. Give each list '
+        f'{who} needs one number of levels, got {given}. Give each list '
         f'one entry a level.'
     )
 
 
-def _each_level(channels: int | Sequence[int], count: int) -> tuple[int, ...]:
+def each_level(channels: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """Channels of each level, from those of all or of each."""
     if isinstance(channels, int):
         return (channels,) * count
     return tuple(channels)

@@ -15,9 +15,10 @@ A box without area, or with no part inside the padded batch, marks nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmkd.ops.numeric import as_float
@@ -179,6 +180,58 @@ def valid_mask(
         if columns < size[1]:
             mask[index, :, :, columns:].fill_(0)
     return mask
+
+
+def resize_valid(
+    feature: Tensor, valid: Tensor, size: Sequence[int]
+) -> Tensor:
+    """A map at another size, of which only the cells that count are read.
+
+    Smaller sizes average the cells, larger ones interpolate bilinearly; each
+    result is divided by the weight of the cells that count in it.
+
+    Args:
+        feature: Map, (N, C, H, W).
+        valid: 1 where a cell counts, 0 elsewhere, (N, 1, H, W).
+        size: Rows and columns wanted; with those of the map, cells that do
+            not count become 0.
+
+    Returns:
+        Map, 0 where no cell counts, (N, C, h, w).
+
+    Example:
+        >>> feature = torch.tensor([[[[1.0, 3.0, 9.0, 9.0]]]])
+        >>> valid = torch.tensor([[[[1.0, 1.0, 1.0, 0.0]]]])
+        >>> resize_valid(feature, valid, (1, 2)).tolist()
+        [[[[2.0, 9.0]]]]
+    """
+    feature, size = as_float(feature) * valid, tuple(size)
+    if size == tuple(feature.shape[-2:]):
+        return feature
+    smaller = all(a <= b for a, b in zip(size, feature.shape[-2:]))
+    both = torch.cat([feature, valid.to(feature)], 1)
+    if smaller:
+        both = F.adaptive_avg_pool2d(both, size)
+    else:
+        both = F.interpolate(both, size, mode='bilinear')
+    feature, weight = both[:, :-1], both[:, -1:]
+    return feature / torch.where(weight > 0, weight, 1)
+
+
+def masked_mean(feature: Tensor, valid: Tensor) -> Tensor:
+    """Mean of each channel over the cells that count, (N, C).
+
+    Args:
+        feature: Map, (N, C, H, W).
+        valid: 1 where a cell counts, 0 elsewhere, (N, 1, H, W).
+
+    Example:
+        >>> feature = torch.tensor([[[[1.0, 3.0, 9.0]]]])
+        >>> masked_mean(feature, (feature < 5).float()).tolist()
+        [[2.0]]
+    """
+    total = (as_float(feature) * valid).sum((2, 3))
+    return total / valid.sum((2, 3)).clamp(min=1)
 
 
 def maximum_per_image(

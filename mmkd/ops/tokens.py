@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,3 +59,41 @@ def mask_overlap(masks: Tensor) -> Tensor:
     dice = 2 * product / (square[:, :, None] + square[:, None] + 1e-12)
     pairs = torch.ones_like(dice).triu(1)
     return (pairs * dice).sum() / pairs.sum().clamp(min=1)
+
+
+def tokens_as_map(
+    who: str, feature: Tensor, shape: Sequence[int] | None
+) -> Tensor:
+    """Tokens of image patches, row by row, laid out as the map they are of.
+
+    Args:
+        who: Named in the message.
+        feature: A map, (N, C, H, W), which stays as it is, or tokens,
+            (N, L, C).
+        shape: Height and width of the padded batch, which tells the rows and
+            columns of L square patches; a square if None.
+
+    Returns:
+        Map, (N, C, H, W).
+
+    Raises:
+        ValueError: If L patches do not fill the batch.
+
+    Example:
+        >>> tokens_as_map('A loss', torch.zeros(2, 12, 8), (48, 64)).shape
+        torch.Size([2, 8, 3, 4])
+    """
+    if feature.dim() == 4:
+        return feature
+    count = feature.shape[1] if feature.dim() == 3 else 0
+    height, width = (1, 1) if shape is None else shape
+    rows = max(1, round((count * height / width) ** 0.5))
+    columns = round(rows * width / height)
+    if rows * columns != count:
+        where = 'a square' if shape is None else f'images of {tuple(shape)}'
+        raise ValueError(
+            f'{who} takes maps (N, C, H, W), or tokens (N, L, C) of square '
+            f'patches that fill {where}; got {tuple(feature.shape)}. Leave '
+            f'class tokens out, or tap a stage that returns maps.'
+        )
+    return feature.transpose(1, 2).unflatten(2, (rows, columns))

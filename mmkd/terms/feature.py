@@ -89,8 +89,11 @@ class FeatureTerm(Term):
         )
         count = None if self.levels is None else len(self.levels)
         self.align = _build_align(align, 'align', count)
+        theirs = self.teacher_levels
         self.teacher_align = _build_align(
-            teacher_align, 'teacher_align', count
+            teacher_align,
+            'teacher_align',
+            count if theirs is None else len(theirs),
         )
         self.losses = _build_losses(loss, self.levels)
         self.weight = _build_weight(weight, self.losses[0])

@@ -12,7 +12,9 @@ from mmkd.ops import masks
 from mmkd.ops.masks import (
     background_mask,
     foreground_mask,
+    masked_mean,
     require_ground_truth,
+    resize_valid,
     union_mask,
     valid_mask,
 )
@@ -421,3 +423,46 @@ def test_ground_truth_of_another_batch_is_refused():
         require_ground_truth(
             'FGDLoss', ground_truth([]), torch.zeros(2, 8, 4, 6)
         )
+
+
+def test_a_smaller_map_averages_the_cells_that_count():
+    torch.manual_seed(0)
+    feature = torch.randn(1, 2, 4, 6)
+    valid = torch.ones(1, 1, 4, 6)
+    valid[..., 3:, :] = 0
+    valid[..., 4:] = 0
+    found = resize_valid(feature, valid, (2, 3))
+    expected = torch.zeros(1, 2, 2, 3)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        rows = slice(2 * row, min(2 * row + 2, 3))
+        cells = feature[..., rows, 2 * column : 2 * column + 2]
+        expected[..., row, column] = cells.mean((2, 3))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_map_smaller_in_one_direction_averages_as_well():
+    torch.manual_seed(0)
+    feature, ones = torch.randn(1, 2, 4, 6), torch.ones(1, 1, 4, 6)
+    expected = feature.unflatten(3, (2, 3)).mean(4)
+    torch.testing.assert_close(resize_valid(feature, ones, (4, 2)), expected)
+
+
+def test_a_larger_map_is_not_pulled_down_by_its_border():
+    feature = torch.tensor([5.0, 5, 7]).expand(1, 1, 3, 3)
+    valid = torch.tensor([1.0, 1, 0]).expand(1, 1, 3, 3)
+    found = resize_valid(feature, valid, (6, 6))
+    torch.testing.assert_close(found[..., :5], torch.full((1, 1, 6, 5), 5.0))
+    assert (found[..., 5:] == 0).all()
+
+
+def test_a_map_of_that_size_loses_its_border_alone():
+    torch.manual_seed(0)
+    feature = torch.randn(1, 2, 3, 3)
+    valid = (torch.rand(1, 1, 3, 3) > 0.5).float()
+    assert torch.equal(resize_valid(feature, valid, (3, 3)), feature * valid)
+
+
+def test_a_mean_over_cells_that_count_is_zero_without_any():
+    feature = torch.arange(8.0).view(2, 1, 2, 2)
+    valid = torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 0]]).view(2, 1, 2, 2)
+    assert masked_mean(feature, valid).tolist() == [[1.0], [0.0]]

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mmkd.ops.tokens import mask_overlap, token_masks
+from mmkd.ops.tokens import mask_overlap, token_masks, tokens_as_map
 
 
 @pytest.fixture
@@ -85,3 +85,26 @@ def test_autocast_does_not_lower_the_precision(masks):
 def test_many_cells_in_half_precision_do_not_overflow():
     masks = torch.ones(1, 2, 300, 300, dtype=torch.float16)
     assert mask_overlap(masks) == 1
+
+
+@pytest.mark.parametrize('shape', [(32, 48), (48, 32), (32, 32)])
+def test_tokens_become_the_map_that_they_are_of(shape):
+    torch.manual_seed(0)
+    feature = torch.randn(2, 3, shape[0] // 8, shape[1] // 8)
+    tokens = feature.flatten(2).transpose(1, 2)
+    assert torch.equal(tokens_as_map('A loss', tokens, shape), feature)
+
+
+def test_tokens_of_a_square_need_no_shape_and_a_map_stays_as_it_is():
+    square = tokens_as_map('A loss', torch.zeros(1, 9, 2), None)
+    assert square.shape == (1, 2, 3, 3)
+    feature = torch.zeros(1, 2, 4, 5)
+    assert tokens_as_map('A loss', feature, (8, 8)) is feature
+
+
+@pytest.mark.parametrize('shape', [(1, 10, 4), (9, 4), (1, 0, 4)])
+def test_tokens_that_fill_no_batch_are_named(shape):
+    with pytest.raises(ValueError, match='A loss takes maps'):
+        tokens_as_map('A loss', torch.zeros(shape), (24, 24))
+    with pytest.raises(ValueError, match='a square'):
+        tokens_as_map('A loss', torch.zeros(shape), None)
