@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from mmkd.build import build
+from mmkd.ops.numeric import zero_of
 from mmkd.registry import MODELS
 from mmkd.structures import Step
 from mmkd.taps import recording
@@ -155,6 +156,13 @@ class ProposalFeatureTerm(SecondStageTerm):
     def _compare(
         self, own: Tensor, other: Tensor, scores: Tensor, labels: Tensor
     ) -> Tensor | dict[str, Tensor]:
+        given = len(own)
+        if not given:  # one that does not count, so that parts are named
+            own = own.new_zeros(1, own.shape[1]) + zero_of(own).to(own)
+            other, scores, labels = (
+                one.new_zeros(1, *one.shape[1:])
+                for one in (other, scores, labels)
+            )
         rows = [(row_of(own),), (row_of(other),)]
         if self.align is not None:
             rows[0] = self.align(*rows)
@@ -164,4 +172,9 @@ class ProposalFeatureTerm(SecondStageTerm):
             more.append((right.view(1, 1, 1, -1),))
         if getattr(self.loss, 'scope', 'level') != 'levels':
             rows, more = ([one for (one,) in group] for group in (rows, more))
-        return self.loss(*rows, row_labels(labels), *more)
+        loss = self.loss(*rows, row_labels(labels), *more)
+        if given:
+            return loss
+        if not isinstance(loss, Mapping):
+            return 0 * loss
+        return {name: 0 * value for name, value in loss.items()}

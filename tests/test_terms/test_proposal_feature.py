@@ -242,15 +242,32 @@ def test_images_without_boxes_are_defined(build):
     assert model.backbone.conv1.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    'loss', [hashed(), MIMIC], ids=lambda one: one['type']
+)
+def test_no_proposals_at_all(build, loss):
+    student = rois.faster()
+    student['train_cfg']['rpn_proposal']['min_bbox_size'] = 10_000
+    model = build(student, loss=loss)
+    losses = model.loss(*tiny.batch(boxes=0))
+    found = {name for name in losses if name.startswith('loss_kd_x')}
+    assert found == (
+        {'loss_kd_x'} if loss is MIMIC else {'loss_kd_x_l2', 'loss_kd_x_lsh'}
+    )
+    assert all(losses[name] == 0 for name in found)
+    tiny.total(losses).backward()
+    assert model.backbone.conv1.weight.grad.isfinite().all()
+
+
 def test_a_cascade_that_stops_before_the_stage(build):
     align = dict(type='mmkd.ConvAdapt', in_channels=WIDTH, out_channels=WIDTH)
     model = build(rois.cascade(), stage=1, align=align)
-    term = model.terms.x
-    term.seen = lambda step: None
-    share = model.loss(*tiny.batch())['loss_kd_x']
-    share.backward()
-    assert share == 0
-    assert all((one.grad == 0).all() for one in term.parameters())
+    model.roi_head.bbox_head[0].refine_bboxes = lambda *_: None
+    losses = model.loss(*tiny.batch())
+    assert 's1.loss_cls' not in losses
+    assert losses['loss_kd_x'] == 0
+    losses['loss_kd_x'].backward()
+    assert all((one.grad == 0).all() for one in model.terms.x.parameters())
 
 
 def test_classes_matter_only_where_labels_do(build):
