@@ -171,7 +171,7 @@ def test_samples_lie_closer_to_the_boundary_than_their_sources(build, norm):
     assert (margins[0] < 0).all()
     assert (margins[1].abs() < margins[0].abs()).all()
     turned = (margins[1] >= 0).float().mean()
-    assert turned > 0.5
+    assert turned >= 0.5
     assert losses['kd_x_turned'] == turned
     # They are led across, and not far beyond.
     assert margins[1].max() < 0.1 + 0.25 * margins[0].abs().max()

@@ -1,6 +1,6 @@
-"""BackwardPass: a tiny GFL learns from one twice as wide."""
+"""BackwardPass: a tiny RetinaNet learns from one twice as wide."""
 
-_base_ = '../../_base_/tiny/gfl.py'
+_base_ = '../../_base_/tiny/retinanet.py'
 
 model = dict(
     type='mmkd.Distiller',
