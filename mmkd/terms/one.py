@@ -43,7 +43,9 @@ class LevelGates(nn.Module):
 
     Example:
         >>> gates = LevelGates(8, num_levels=1, num_branches=3)
-        >>> (found,) = gates([torch.randn(2, 8, 4, 4)], [torch.ones(2, 1, 4, 4)])
+        >>> (found,) = gates(
+        ...     [torch.randn(2, 8, 4, 4)], [torch.ones(2, 1, 4, 4)]
+        ... )
         >>> found.shape, found.sum(1).allclose(torch.ones(2))
         (torch.Size([2, 3]), True)
     """
