@@ -96,7 +96,8 @@ TITLES = {'Not kept': 'Not kept of what losses promise'}
 FAMILIES = {
     'feature': (
         'maps of backbone or neck as a whole',
-        *('at', 'cwd', 'foundation', 'freekd', 'lgd', 'lsh', 'makd', 'mimic'),
+        *('at', 'cwd', 'foundation', 'freekd', 'fsp', 'lgd', 'lsh', 'makd'),
+        'mimic',
         *('pkd', 'residual-kd', 'reviewkd', 'simkd', 'ssim', 'unikd'),
     ),
     'focal region': (
@@ -115,7 +116,7 @@ FAMILIES = {
     'response': (
         'class scores, boxes, masks: what the heads say',
         *('bckd', 'cmkd', 'crosskd', 'dist', 'dkd', 'head', 'ld', 'mask-kd'),
-        *('mhkd', 'nkd', 'rpn-kd', 'soft-target'),
+        *('mhkd', 'nkd', 'one', 'rpn-kd', 'soft-target'),
     ),
     'instance': (
         'single objects: where the two differ most, or one query each',
@@ -123,7 +124,7 @@ FAMILIES = {
     ),
     'procedure': (
         'what other methods compare: new is what is trained when, or on what',
-        *('sskd',),
+        *('backward-pass', 'bss', 'sskd'),
     ),
     'group': (
         'nothing itself; it weighs other terms, or chooses their teachers',
@@ -134,6 +135,8 @@ FAMILIES = {
 #: The component whose docstring tells the method of a folder of configs that
 #: no loss is named like.
 TOLD_BY = {
+    'backward-pass': 'BackwardPassTerm',
+    'bss': 'BoundaryTerm',
     'crosskd': 'CrossHeadTerm',
     'foundation': 'FoundationTerm',
     'frs': 'ScoreWeight',
@@ -146,6 +149,7 @@ TOLD_BY = {
     'mhkd': 'MultiHeadTerm',
     'mtpd': 'MGDLoss',
     'multi-teacher': 'PKDLoss',
+    'one': 'OneTerm',
     'residual-kd': 'ResidualTerm',
     'rpn-kd': 'SoftTargetLoss',
     'score-l2': 'WeightedMSELoss',

@@ -4,10 +4,17 @@ import json
 import pickle
 from collections import Counter
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 from mmengine.registry import DATASETS, init_default_scope
+
+from mmkd.configs import read_config
+from mmkd.datasets.check import check_dataset
+from mmkd.recipes import RECIPES
+
+ROOT = Path(__file__).parents[2]
 
 CLASSES = ('disc', 'square', 'plus', 'star')
 IMAGES, EACH = 120, 8
@@ -64,6 +71,7 @@ def coco(file):
         data_prefix=dict(img=''),
         metainfo=dict(classes=CLASSES),
         pipeline=[],
+        serialize_data=False,  # collecting garbage took most of the time
     )
 
 
@@ -332,3 +340,29 @@ def test_other_wrong_settings_are_told(coco, tmp_path):
     single = dict(coco, metainfo=dict(classes=CLASSES[:1]))
     with pytest.raises(ValueError, match='the set has 1'):
         DATASETS.build(noisy(single, p=0.1))
+
+
+def test_files_are_checked_inside_of_it(coco, file):
+    with pytest.raises(FileNotFoundError, match=r'train\.dataset: 120 of'):
+        check_dataset(noisy(coco, p=0.1), 'train')
+    missing = dict(coco, ann_file=str(file.with_name('none.json')))
+    with pytest.raises(FileNotFoundError, match='none.json'):
+        check_dataset(thinned(missing, factor=2), 'train')
+
+
+@pytest.mark.parametrize('name', ['noise', 'imbalance'])
+def test_the_settings_of_the_laboratory_change_the_training_alone(
+    name, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    setting = read_config(f'configs/laboratory/shapes/{name}.py').laboratory
+    student = read_config(setting.student).to_dict()
+    plain = read_config('configs/laboratory/shapes/student.py').to_dict()
+    wrapped = student['train_dataloader'].pop('dataset')
+    inside = plain['train_dataloader'].pop('dataset')
+    assert wrapped.pop('type') in ('mmkd.NoisyLabels', 'mmkd.ImbalancedSubset')
+    assert wrapped['dataset'] == inside
+    assert student == plain
+    assert {'soft_target', 'mimic', 'at', 'sp', 'rkd'} <= set(setting.methods)
+    for one in setting.methods:
+        assert one in RECIPES or Path(one).is_file()
