@@ -168,7 +168,7 @@ IDEAS = {
 }
 
 #: Terms whose layers are known only beside the student and the teacher.
-LATE = {'AssistantTerm'}
+LATE = {'AssistantTerm', 'OneTerm'}
 
 #: Where a method is from whose docstring names another source.
 SOURCES = {
