@@ -5,6 +5,9 @@ import torch.nn.functional as F
 from mmkd.losses.fsp import FSPLoss, fsp_loss, fsp_matrix
 from mmkd.structures import GroundTruth
 
+#: Row and column of the cells that count in both maps below.
+BOTH = ((0, 1), (1, 0))
+
 
 @pytest.fixture(autouse=True)
 def same_numbers():
@@ -127,6 +130,16 @@ def test_the_padded_border_is_in_no_product_mean_or_window():
         truth(((64, 32),)),
     )
     torch.testing.assert_close(alone, FSPLoss()(*cut))
+
+
+def test_a_cell_counts_if_it_does_in_both_maps():
+    a, b = torch.randn(2, 3, 2, 2), torch.randn(2, 4, 2, 2)
+    one, other = torch.ones(2, 2, 1, 2, 2).unbind()
+    one[0, 0, 0, 0] = other[0, 0, 1, 1] = 0
+    found = fsp_matrix(a, b, one, other)
+    pairs = [torch.outer(a[0, :, h, w], b[0, :, h, w]) for h, w in BOTH]
+    torch.testing.assert_close(found[0], sum(pairs) / 2)
+    torch.testing.assert_close(found[1], fsp_matrix(a, b)[1])
 
 
 def test_an_image_of_which_nothing_counts_costs_nothing():
