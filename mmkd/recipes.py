@@ -787,6 +787,31 @@ def semckd(pair: Pair) -> Terms:
 
 
 @_method
+def backward_pass(pair: Pair) -> Terms:
+    heads = pair.heads
+    alike = pair.levels and all(level.scores for level in pair.levels)
+    if heads is None or not (heads.strides and alike):
+        raise ValueError(
+            'backward_pass compares predictions anchor by anchor, which needs '
+            'dense heads of the same strides, anchors and classes. Choose a '
+            'method on features, for instance pkd.'
+        )
+    term = dict(type='mmkd.BackwardPassTerm', teacher=pair.teacher)
+    return dict(backward_pass=term)
+
+
+@_method
+def fsp(pair: Pair) -> Terms:
+    if len(pair.levels) < 2:
+        raise ValueError(
+            'fsp compares how maps flow into each other, which needs two '
+            'levels of the same strides. Choose another method, for instance '
+            'pkd.'
+        )
+    return dict(fsp=pair.term(dict(type='mmkd.FSPLoss')))
+
+
+@_method
 def default(pair: Pair) -> Terms:
     """A feature and, where heads agree, a response term, by gradient."""
     terms = pkd(pair)

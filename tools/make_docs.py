@@ -96,9 +96,9 @@ TITLES = {'Not kept': 'Not kept of what losses promise'}
 FAMILIES = {
     'feature': (
         'maps of backbone or neck as a whole',
-        *('alp', 'at', 'cwd', 'foundation', 'freekd', 'lgd', 'lsh', 'makd'),
-        *('mimic', 'pkd', 'residual-kd', 'reviewkd', 'semckd', 'simkd'),
-        *('ssim', 'uhkd', 'unikd'),
+        *('alp', 'at', 'cwd', 'foundation', 'freekd', 'fsp', 'lgd', 'lsh'),
+        *('makd', 'mimic', 'pkd', 'residual-kd', 'reviewkd', 'semckd'),
+        *('simkd', 'ssim', 'uhkd', 'unikd'),
     ),
     'focal region': (
         'maps where objects are, or where the teacher looks',
@@ -117,7 +117,7 @@ FAMILIES = {
     'response': (
         'class scores, boxes, masks: what the heads say',
         *('bckd', 'cmkd', 'crosskd', 'dist', 'dkd', 'head', 'ld', 'mask-kd'),
-        *('mhkd', 'nkd', 'rpn-kd', 'soft-target'),
+        *('mhkd', 'nkd', 'one', 'rpn-kd', 'soft-target'),
     ),
     'instance': (
         'single objects: where the two differ most, or one query each',
@@ -125,7 +125,7 @@ FAMILIES = {
     ),
     'procedure': (
         'what other methods compare: new is what is trained when, or on what',
-        *('sskd',),
+        *('backward-pass', 'bss', 'sskd'),
     ),
     'group': (
         'nothing itself; it weighs other terms, or chooses their teachers',
@@ -136,6 +136,8 @@ FAMILIES = {
 #: The component whose docstring tells the method of a folder of configs that
 #: no loss is named like.
 TOLD_BY = {
+    'backward-pass': 'BackwardPassTerm',
+    'bss': 'BoundaryTerm',
     'crosskd': 'CrossHeadTerm',
     'foundation': 'FoundationTerm',
     'frs': 'ScoreWeight',
@@ -149,6 +151,7 @@ TOLD_BY = {
     'mlkd-bert': 'MLKDBertLayersTerm',
     'mtpd': 'MGDLoss',
     'multi-teacher': 'PKDLoss',
+    'one': 'OneTerm',
     'residual-kd': 'ResidualTerm',
     'rpn-kd': 'SoftTargetLoss',
     'score-l2': 'WeightedMSELoss',
@@ -167,7 +170,7 @@ IDEAS = {
 }
 
 #: Terms whose layers are known only beside the student and the teacher.
-LATE = {'AssistantTerm'}
+LATE = {'AssistantTerm', 'OneTerm'}
 
 #: Where a method is from whose docstring names another source.
 SOURCES = {
