@@ -269,8 +269,8 @@ class Distilling:
         **position: Any,
     ) -> Step:
         def shower(teacher: Teacher) -> Shower:
-            return lambda images, grad=False: teacher.run(
-                images, samples, self._pixels, grad=grad
+            return lambda images, grad=False, shown=samples: teacher.run(
+                images, shown, self._pixels, grad=grad
             )
 
         return Step(

@@ -18,8 +18,8 @@ from mmkd.terms.assignment import (
     count_positives,
 )
 from mmkd.terms.decoding import (
-    anchors_of,
     check_decodable,
+    check_same_anchors,
     decode,
     giou_error,
 )
@@ -105,7 +105,7 @@ class BoxTerm(Term):
         other, _ = resolve(teacher.detector, self.teacher_head)
         check_decodable('BoxTerm', own, 'student')
         check_decodable('BoxTerm', other, 'teacher')
-        _check_anchors(own, other)
+        check_same_anchors('BoxTerm', own, other)
         if self.normalise_by == 'positives':
             check_assigns('BoxTerm', own, "Set normalise_by='weight'.")
             self.tap(student, f'{self.head}.get_targets')
@@ -132,20 +132,3 @@ class BoxTerm(Term):
 
 def _maps(outputs: Tensor) -> tuple[Tensor, ...]:
     return maps_of(outputs, 'BoxTerm', BOXES)
-
-
-def _check_anchors(own: nn.Module, other: nn.Module) -> None:
-    found = [
-        [
-            (stride, anchors_of(head, level))
-            for level, stride in enumerate(head.prior_generator.strides)
-        ]
-        for head in (own, other)
-    ]
-    if found[0] != found[1]:
-        raise ValueError(
-            f'BoxTerm pairs boxes anchor by anchor, so that strides and '
-            f'anchors a cell are the same level by level. The student has '
-            f'{found[0]}, the teacher {found[1]}. Choose a teacher with the '
-            f'same, or a term on features.'
-        )

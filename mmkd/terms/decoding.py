@@ -49,6 +49,33 @@ def check_decodable(who: str, head: nn.Module, side: str) -> None:
         )
 
 
+def check_same_anchors(who: str, own: nn.Module, other: nn.Module) -> None:
+    """Two heads must have the same strides and anchors a cell.
+
+    Args:
+        who: Name of the term, for messages.
+        own: The student's head.
+        other: The teacher's.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    found = [
+        [
+            (stride, anchors_of(head, level))
+            for level, stride in enumerate(head.prior_generator.strides)
+        ]
+        for head in (own, other)
+    ]
+    if found[0] != found[1]:
+        raise ValueError(
+            f'{who} pairs boxes anchor by anchor, so that strides and '
+            f'anchors a cell are the same level by level. The student has '
+            f'{found[0]}, the teacher {found[1]}. Choose a teacher with the '
+            f'same, or a term on features.'
+        )
+
+
 def decode(head: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
     """Boxes that a dense head predicts, in pixels of its input.
 
