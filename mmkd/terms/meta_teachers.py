@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,12 +18,6 @@ from mmkd.build import build
 from mmkd.checks import check_name, check_positive, check_same_shape, suggest
 from mmkd.ops.masks import valid_mask
 from mmkd.ops.numeric import as_float, full_precision, one_hot
-from mmkd.ops.scores import (
-    bernoulli_divergence,
-    cell_samples,
-    check_class_maps,
-    class_samples,
-)
 from mmkd.ops.virtual import Values, meta_gradient
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Outputs, Step
@@ -32,23 +25,22 @@ from mmkd.structures.ground_truth import labelled
 from mmkd.taps import crop, maps_of, pick_levels, recording, resolve
 from mmkd.teachers import fed, run_detector
 from mmkd.terms.balanced import detection_loss
-from mmkd.terms.decoding import (
-    check_decodable,
-    check_same_anchors,
-    decode,
-    giou_error,
-)
+from mmkd.terms.decoding import check_same_anchors
 from mmkd.terms.hard_images import HardImages
+from mmkd.terms.seen import (
+    GRID,
+    Seen,
+    dense_head,
+    response_gaps,
+    scores_of,
+    seen,
+)
 from mmkd.terms.term import Term
-from mmkd.terms.weights.score import refuse_softmax
 
 if TYPE_CHECKING:
     from mmkd.teachers import Teacher
 
-#: Rows and columns of the energy map that the feature net is shown.
-GRID = 8
-#: Which of a dense head's outputs are what.
-SCORES, BOXES = 0, 1
+_WHO = 'MetaTeachersTerm'
 OUTPUTS, FEATURES = 'outputs', 'features'
 
 
@@ -206,11 +198,11 @@ class MetaTeachersTerm(Term):
         self.teacher_names = list(self.output_teachers or self.teachers)
         if self.output_teachers:
             self.tap(student, self.head)
-            own = _dense_head(student, self.head, 'student')
+            own = dense_head(_WHO, student, self.head, 'student')
         for name in self.output_teachers:
             teachers[name].tap(self.head)
-            other = _dense_head(
-                teachers[name].detector, self.head, f'teacher {name!r}'
+            other = dense_head(
+                _WHO, teachers[name].detector, self.head, f'teacher {name!r}'
             )
             check_same_anchors('MetaTeachersTerm', own, other)
         self._check_scope(student)
@@ -234,7 +226,7 @@ class MetaTeachersTerm(Term):
     def _build_nets(self, student: nn.Module) -> None:
         count = len(self.output_teachers)
         if count:
-            classes = _scores_of(resolve(student, self.head)[0])
+            classes = scores_of(resolve(student, self.head)[0])
             self.nets[OUTPUTS] = WeightNet((count + 1) * classes, count)
         count = len(self.teachers)
         self.nets[FEATURES] = WeightNet((count + 1) * GRID**2, count)
@@ -273,22 +265,7 @@ class MetaTeachersTerm(Term):
         maps = crop(maps, outputs.size, gt.shape)
         if not self.output_teachers or not outputs.has(self.head):
             return Seen(gt, maps)
-        scores, boxes = (
-            maps_of(outputs.at(self.head), f'Tap {self.head!r}', index)
-            for index in (SCORES, BOXES)
-        )
-        head, _ = resolve(outputs.detector, self.head)
-        corners = [
-            one.permute(0, 3, 4, 1, 2).flatten(1, 3)  # N, H * W * A, 4
-            for one in crop(decode(head, boxes), outputs.size, gt.shape)
-        ]
-        return Seen(
-            gt,
-            maps,
-            crop(scores, outputs.size, gt.shape),
-            torch.cat(corners, 1),
-            _scores_of(head),
-        )
+        return seen(outputs, gt, self.head, maps)
 
     def _taught(
         self, show: Callable[[str], Outputs], gt: GroundTruth
@@ -337,7 +314,9 @@ class MetaTeachersTerm(Term):
         found: dict[str, Tensor] = {}
         if OUTPUTS in weights:
             shares = [
-                self._outputs(own, others[name])
+                response_gaps(
+                    'MetaTeachersTerm', own, others[name], self.temperature
+                )
                 for name in self.output_teachers
             ]
             scores, boxes = (torch.stack(one, 1) for one in zip(*shares))
@@ -350,23 +329,6 @@ class MetaTeachersTerm(Term):
             weights[FEATURES] * torch.stack(errors, 1)
         )
         return found
-
-    def _outputs(self, own: Seen, other: Seen) -> tuple[Tensor, Tensor]:
-        """Divergence and box error of each image, (N,) each."""
-        check_class_maps(
-            'MetaTeachersTerm', own.scores, other.scores, own.classes
-        )
-        one, like = own.logits(), other.logits()
-        weight = other.anchor_weight()
-        total = weight.sum(1).clamp(min=1e-6)
-        divergence = self.temperature**2 * bernoulli_divergence(
-            one / self.temperature, like / self.temperature
-        ).sum(2)
-        error = giou_error(own.corners, other.corners)
-        return (
-            (weight * divergence).sum(1) / total,
-            (weight * error).sum(1) / total,
-        )
 
     def _features(self, name: str, own: Seen, other: Seen) -> Tensor:
         """Mean squared error of each image, over levels, cells, channels."""
@@ -567,70 +529,6 @@ class WeightNet(nn.Module):
         return self.last(F.relu(self.hidden(given))).softmax(1)
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a detector made of a batch.
-
-    Attributes:
-        gt: Annotations of the batch.
-        maps: Its features, (N, C, H, W) a level.
-        scores: Class scores of its head, (N, A * K, H, W) a level; None if
-            they are not compared.
-        corners: Decoded boxes of all anchors, (N, P, 4).
-        classes: K.
-    """
-
-    gt: GroundTruth
-    maps: tuple[Tensor, ...]
-    scores: tuple[Tensor, ...] | None = None
-    corners: Tensor | None = None
-    classes: int = 0
-
-    def logits(self) -> Tensor:
-        """Class scores of all anchors, (N, P, K)."""
-        return torch.cat(
-            [
-                class_samples([one], self.classes).unflatten(0, (len(one), -1))
-                for one in self.scores
-            ],
-            1,
-        )
-
-    def valid(self) -> Tensor:
-        """1 for anchors that count at all, (N, P)."""
-        return torch.cat(
-            [
-                cell_samples(
-                    [valid_mask(self.gt, tuple(one.shape[-2:]))],
-                    [one],
-                    self.classes,
-                ).unflatten(0, (len(one), -1))
-                for one in self.scores
-            ],
-            1,
-        )
-
-    def anchor_weight(self) -> Tensor:
-        """Largest probability at each anchor that counts, (N, P)."""
-        return self.logits().sigmoid().amax(2) * self.valid()
-
-    def best(self) -> Tensor:
-        """Largest probability of every class in an image, (N, K)."""
-        probs = self.logits().sigmoid() * self.valid()[..., None]
-        return probs.amax(1)
-
-    def energy(self) -> Tensor:
-        """Where features are strong, mean 1 over an image, (N, 64)."""
-        found = []
-        for one in self.maps:
-            valid = valid_mask(self.gt, tuple(one.shape[-2:]))
-            strong = as_float(one).square().mean(1, keepdim=True) * valid
-            strong = F.adaptive_avg_pool2d(strong, GRID).flatten(1)
-            mean = strong.mean(1, keepdim=True)
-            found.append(strong / mean.clamp(min=1e-12))
-        return torch.stack(found).mean(0)
-
-
 class _Imagined(nn.Module):
     """A student and the alignments of its term with other parameters.
 
@@ -784,18 +682,6 @@ def _alignments(
             for name, one in configs.items()
         }
     )
-
-
-def _dense_head(detector: nn.Module, path: str, side: str) -> nn.Module:
-    head, _ = resolve(detector, path)
-    check_decodable('MetaTeachersTerm', head, side)
-    refuse_softmax('MetaTeachersTerm', detector, path, side)
-    return head
-
-
-def _scores_of(head: nn.Module) -> int:
-    """Scores of one anchor."""
-    return getattr(head, 'cls_out_channels', head.num_classes)
 
 
 def _least(count: int, like: Tensor) -> int:
