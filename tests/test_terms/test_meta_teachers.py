@@ -201,7 +201,7 @@ def test_equals_its_formula_image_by_image(build, pictures):
         temperature=2.0, box_weight=0.5, feature_weight=7.0, loss_weight=3.0
     ).eval()
     shuffle_nets(model)
-    images, samples, gt = pictures
+    images, samples, _ = pictures
     term = model.terms.meta
     weights = term.weigh(*seen_by(model, *pictures))
     wanted = literal(model, *pictures, 2.0, weights)
