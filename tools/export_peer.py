@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import mmkd  # noqa: F401
-from mmkd.detectors.peers import main
+from mmkd.detectors.peer_ensemble import main
 
 if __name__ == '__main__':
     sys.exit(main())

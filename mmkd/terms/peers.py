@@ -57,7 +57,7 @@ class PeersTerm(Term):
     A checkpoint loads in the student's plain config as ever. Any of the
     students, the best among them, becomes a plain checkpoint by
     ``tools/export_peer.py``; all of them are one detector in
-    :class:`mmkd.detectors.peers.PeerEnsemble`.
+    :class:`mmkd.detectors.peer_ensemble.PeerEnsemble`.
 
     Args:
         peers: By name, ``dict(config=…)`` with a config file or a detector,
