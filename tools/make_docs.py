@@ -123,11 +123,17 @@ FAMILIES = {
     ),
     'procedure': (
         'what other methods compare: new is what is trained when, or on what',
-        *('sskd',),
+        *('p2p', 'sskd'),
     ),
     'group': (
         'nothing itself; it weighs other terms, or chooses their teachers',
-        *('BalancedTerm', 'mtpd', 'multi-teacher', 'self-teaching'),
+        *(
+            'BalancedTerm',
+            'mmkd-meta',
+            'mtpd',
+            'multi-teacher',
+            'self-teaching',
+        ),
     ),
 }
 
@@ -143,8 +149,10 @@ TOLD_BY = {
     'lgd': 'LabelGuidedTerm',
     'makd': 'MultiAspectTerm',
     'mask-kd': 'MaskTerm',
+    'mmkd-meta': 'MetaTeachersTerm',
     'mtpd': 'MGDLoss',
     'multi-teacher': 'PKDLoss',
+    'p2p': 'PeersTerm',
     'residual-kd': 'ResidualTerm',
     'rpn-kd': 'SoftTargetLoss',
     'score-l2': 'WeightedMSELoss',

@@ -167,7 +167,7 @@ class Distilling:
         self.teachers.mention_missing_files()
 
     def init_weights(self) -> None:
-        """Initialise the student, then load the teachers, then inherit."""
+        """Initialise the student, load the teachers, inherit; terms begin."""
         # Out of reach of the student's own init_cfg, which would draw for
         # them too; they were initialised when they were built.
         terms = self._modules.pop('terms')
@@ -179,6 +179,8 @@ class Distilling:
             self.teachers.load()
             for teacher in self.teachers.values():
                 teacher.lend(self)
+            for term in self.terms.values():
+                term.begin()
 
     def loss(
         self, batch_inputs: Tensor, batch_data_samples: SampleList

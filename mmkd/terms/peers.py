@@ -157,6 +157,11 @@ class PeersTerm(Term):
                 )
         self._pixels = Pixels.of(student, 'The student')
 
+    def begin(self) -> None:
+        for number, peer in enumerate(self.peers.values(), 1):
+            with preserved(_seed(number)):
+                peer.init_weights()
+
     def compares_classes(self) -> bool:
         return self.teacher is not None
 
@@ -272,7 +277,10 @@ def _build(name: str, config: Mapping, number: int) -> BaseModel:
             f"{name}=dict(config='mmdet::folder/file.py')."
         )
     found: Any = read_config(config['config'], who, config.get('cfg_options'))
-    with preserved(stream_seed(torch.initial_seed(), number, 0)):
-        peer = DETECTORS.build(student_config(found.model))
-        peer.init_weights()
-    return peer
+    with preserved(_seed(number)):
+        return DETECTORS.build(student_config(found.model))
+
+
+def _seed(number: int) -> int:
+    """One that no other peer and no step has."""
+    return stream_seed(torch.initial_seed(), number, -1 % 2**32)
