@@ -25,6 +25,7 @@ def term(**settings):
         'levels': (0, 1, 2, 3, 4),
         'align': ALIGN,
         'meta_interval': 1,
+        'feature_weight': 1.0,  # random teachers are far away
         **settings,
     }
 
@@ -41,10 +42,10 @@ def build(tmp_path):
             tiny.save_teacher(model, file, seed=seed)
             named[name] = dict(config=dict(model=model), checkpoint=str(file))
         settings = {'teachers': tuple(models), **settings}
+        student = tiny.retinanet()
+        student.backbone.norm_eval = False  # statistics move as well
         model = tiny.build(
-            tiny.distilled(
-                tiny.retinanet(), named, dict(meta=term(**settings))
-            )
+            tiny.distilled(student, named, dict(meta=term(**settings)))
         )
         model.teachers.load()
         # Else scores of an untrained head are all alike.
@@ -445,7 +446,6 @@ def test_a_stopped_training_finds_all_again(data, tmp_path):
     file = tiny.save_teacher(teacher, tmp_path / 'big.pth')
     named = dict(big=dict(config=dict(model=teacher), checkpoint=str(file)))
     settings = dict(teachers=('big',), meta_interval=2, buffer_size=3)
-    settings['feature_weight'] = 1.0
 
     def config(folder):
         model = tiny.distilled(
