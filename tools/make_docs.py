@@ -125,11 +125,12 @@ FAMILIES = {
     ),
     'procedure': (
         'what other methods compare: new is what is trained when, or on what',
-        *('backward-pass', 'bss', 'sskd'),
+        *('backward-pass', 'bss', 'p2p', 'sskd'),
     ),
     'group': (
         'nothing itself; it weighs other terms, or chooses their teachers',
-        *('BalancedTerm', 'mtpd', 'multi-teacher', 'self-teaching'),
+        *('mmkd-meta', 'mtpd', 'multi-teacher', 'self-teaching'),
+        *('BalancedTerm',),
     ),
 }
 
@@ -149,9 +150,11 @@ TOLD_BY = {
     'mask-kd': 'MaskTerm',
     'mhkd': 'MultiHeadTerm',
     'mlkd-bert': 'MLKDBertLayersTerm',
+    'mmkd-meta': 'MetaTeachersTerm',
     'mtpd': 'MGDLoss',
     'multi-teacher': 'PKDLoss',
     'one': 'OneTerm',
+    'p2p': 'PeersTerm',
     'residual-kd': 'ResidualTerm',
     'rpn-kd': 'SoftTargetLoss',
     'score-l2': 'WeightedMSELoss',

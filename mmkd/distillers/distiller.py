@@ -167,7 +167,7 @@ class Distilling:
         self.teachers.mention_missing_files()
 
     def init_weights(self) -> None:
-        """Initialise the student, then load the teachers, then inherit."""
+        """Initialise the student, load the teachers, inherit; terms begin."""
         # Out of reach of the student's own init_cfg, which would draw for
         # them too; they were initialised when they were built.
         terms = self._modules.pop('terms')
@@ -179,6 +179,8 @@ class Distilling:
             self.teachers.load()
             for teacher in self.teachers.values():
                 teacher.lend(self)
+            for term in self.terms.values():
+                term.begin()
 
     def loss(
         self, batch_inputs: Tensor, batch_data_samples: SampleList
@@ -269,8 +271,8 @@ class Distilling:
         **position: Any,
     ) -> Step:
         def shower(teacher: Teacher) -> Shower:
-            return lambda images, grad=False: teacher.run(
-                images, samples, self._pixels, grad=grad
+            return lambda images, grad=False, shown=samples: teacher.run(
+                images, shown, self._pixels, grad=grad
             )
 
         return Step(

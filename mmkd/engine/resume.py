@@ -2,8 +2,9 @@
 
 MMEngine saves weights, optimiser, schedulers, averages and logs. This hook
 adds what it leaves out: the random state and the place in the data of every
-rank, gradients that wait for their step, plain attributes of modules, and
-whether the validation that was due has been done.
+rank, gradients that wait for their step, plain attributes of modules, what
+modules hand over themselves (``run_state``, ``load_run_state``), and whether
+the validation that was due has been done.
 """
 
 from __future__ import annotations
@@ -69,6 +70,13 @@ class ResumeHook(Hook):
         }
         if waiting:
             state['gradients'] = waiting
+        kept = {
+            name: module.run_state()
+            for name, module in plain_model(runner).named_modules()
+            if hasattr(module, 'run_state')
+        }
+        if kept:
+            state['modules'] = kept
         return state
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -139,6 +147,9 @@ class ResumeHook(Hook):
         own = ranks[get_rank()]
         set_attributes(model, loaded['attributes'])
         _set_gradients(model, own.get('gradients', {}))
+        modules = dict(model.named_modules())
+        for name, state in own.get('modules', {}).items():
+            modules[name].load_run_state(state)
         if 'place' in own:
             runner.train_dataloader.go_to(Place(**own['place']))
         restore(own['random'])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -31,8 +31,9 @@ class Outputs(Protocol):
     def inputs(self, path: str) -> tuple[tuple, dict]: ...
 
 
-#: Shows images to a teacher: (images, keep a graph to the images) → outputs.
-Shower = Callable[[Tensor, bool], Outputs]
+#: Shows images to a teacher: (images, keep a graph to the images) → outputs;
+#: samples follow where the images are not those of the step.
+Shower = Callable[..., Outputs]
 
 
 @dataclass
@@ -69,16 +70,24 @@ class Step:
             self._ran[name] = self.show(name, self.images)
         return self._ran[name]
 
-    def show(self, name: str, images: Tensor, grad: bool = False) -> Outputs:
+    def show(
+        self,
+        name: str,
+        images: Tensor,
+        grad: bool = False,
+        samples: Sequence[Any] | None = None,
+    ) -> Outputs:
         """Show a teacher images of the term's own making.
 
         Args:
             name: Name of the teacher.
             images: In the student's normalisation, (N, 3, H, W).
             grad: Keep the graph from the images to the outputs.
+            samples: mmdet's sample of each image; the step's own if None.
         """
         check_name('The distiller', 'teacher', name, self.teachers)
-        return self.teachers[name](images, grad)
+        more = () if samples is None else (list(samples),)
+        return self.teachers[name](images, grad, *more)
 
     @cached_property
     def gt(self) -> GroundTruth:

@@ -79,6 +79,10 @@ class GroupTerm(Term):
             )
         )
 
+    def begin(self) -> None:
+        for term in self.terms.values():
+            term.begin()
+
     def speaking(self) -> dict[str, bool]:
         """Which terms have anything to say."""
         return {name: not term.silent() for name, term in self.terms.items()}

@@ -119,14 +119,16 @@ class SelfTerm(GroupTerm):
             self.average.update_parameters(step.student.detector)
 
     def _shower(self, samples: list) -> Shower:
-        def show(images: Tensor, grad: bool = False) -> Outputs:
+        def show(
+            images: Tensor, grad: bool = False, shown: list = samples
+        ) -> Outputs:
             model = self.average.module
             with (
                 torch.set_grad_enabled(grad),
                 recording(model, self.paths, stop=True) as record,
             ):
                 record.size = tuple(images.shape[-2:])
-                run_detector(model, images, samples)
+                run_detector(model, images, shown)
             return record
 
         return show

@@ -60,6 +60,13 @@ class Term(nn.Module, ABC):
             ``watch_`` is logged and not summed.
         """
 
+    def begin(self) -> None:
+        """Give detectors of its own the weights that they begin with.
+
+        Called when the student has got its own, in a random state that is
+        put back; a resumed training then reads those of the checkpoint.
+        """
+
     def tap(self, student: nn.Module, path: str) -> None:
         """Note an output of the student that the term needs."""
         resolve(student, path)

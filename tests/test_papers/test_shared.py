@@ -103,6 +103,18 @@ PAPERS = {
         'test_terms/test_one.py',
         {'U1': 'it has no teacher', 'U7': 'it has no teacher'},
     ),
+    'MMKD': Paper(
+        'mmkd-meta', '2306.06634', 'test_terms/test_meta_teachers.py'
+    ),
+    'P2P': Paper(
+        'p2p',
+        '2110.11023',
+        'test_terms/test_peers.py',
+        {
+            'U1': 'its teacher learns as well',
+            'U7': 'its teacher is a part of the term',
+        },
+    ),
 }
 
 

@@ -1,0 +1,202 @@
+import copy
+
+import pytest
+import tiny
+import torch
+from mmdet.registry import MODELS
+from mmengine.runner.checkpoint import load_checkpoint
+
+from mmkd.detectors.peer_ensemble import (
+    best_in,
+    export_peer,
+    main,
+    students_in,
+)
+from mmkd.ops.fusion import fuse_boxes
+
+SMALL = dict(config=dict(model=tiny.retinanet()))
+WIDE = dict(config=dict(model=tiny.retinanet(base=16)))
+
+
+@pytest.fixture(scope='module')
+def trained():
+    """A student, a wider peer and a teacher, as they are after a training."""
+    model = tiny.build(
+        tiny.distilled(
+            tiny.retinanet(),
+            {},
+            dict(
+                p2p=dict(
+                    type='mmkd.PeersTerm',
+                    peers=dict(b=WIDE),
+                    online_teacher=SMALL,
+                )
+            ),
+        )
+    )
+    for number, one in enumerate([model, *model.terms.p2p.peers.values()]):
+        torch.manual_seed(number)
+        torch.nn.init.normal_(one.bbox_head.retina_cls.weight, std=0.2)
+    model.terms.p2p.merit.copy_(torch.tensor([0.5, 0.25]))
+    return model.eval()
+
+
+@pytest.fixture
+def file(trained, tmp_path):
+    path = tmp_path / 'epoch_12.pth'
+    meta = dict(dataset_meta=dict(classes=('a', 'b', 'c')))
+    torch.save(dict(state_dict=trained.state_dict(), meta=meta), path)
+    return path
+
+
+def ensemble(**settings):
+    return tiny.build(
+        dict(
+            type='mmkd.PeerEnsemble',
+            students=dict(student=SMALL, b=WIDE),
+            **settings,
+        )
+    ).eval()
+
+
+def predictions(model):
+    images, samples = tiny.batch()
+    with torch.no_grad():
+        found = model.predict(images, copy.deepcopy(samples))
+    return [one.pred_instances for one in found]
+
+
+def assert_same(found, wanted):
+    for one, other in zip(found, wanted):
+        for key in ('bboxes', 'scores', 'labels'):
+            assert torch.equal(one[key], other[key])
+
+
+# One of them -----------------------------------------------------------------
+
+
+def test_the_training_loads_in_the_students_plain_config(trained, file):
+    plain = tiny.build(tiny.retinanet(), seed=9).eval()
+    load_checkpoint(plain, str(file))
+    assert_same(predictions(plain), predictions(trained))
+
+
+def test_the_best_has_the_lowest_detection_loss(trained):
+    state = dict(trained.state_dict())
+    assert list(students_in(state)) == ['student', 'b']
+    assert best_in(state) == 'b'
+    state['terms.p2p.merit'] = torch.tensor([0.1, 0.2])
+    assert best_in(state) == 'student'
+
+
+@pytest.mark.parametrize(
+    ('peer', 'name', 'base'),
+    [('best', 'b', 16), ('b', 'b', 16), ('student', 'student', 8)],
+)
+def test_an_exported_student_is_plain_and_says_the_same(
+    trained, file, tmp_path, peer, name, base
+):
+    target = tmp_path / 'plain.pth'
+    assert export_peer(file, target, peer) == name
+    plain = tiny.build(tiny.retinanet(base=base), seed=9).eval()
+    saved = torch.load(target, weights_only=True)
+    plain.load_state_dict(saved['state_dict'], strict=True)
+    assert saved['meta']['dataset_meta']['classes'] == ('a', 'b', 'c')
+    own = trained.terms.p2p.peers['b'] if name == 'b' else trained
+    assert_same(predictions(plain), predictions(own))
+
+
+def test_a_misspelt_peer_is_told(file, tmp_path):
+    with pytest.raises(ValueError, match="has no student 'c'"):
+        export_peer(file, tmp_path / 'x.pth', 'c')
+
+
+def test_a_training_without_peers_is_told(tmp_path, capsys):
+    path = tmp_path / 'plain.pth'
+    torch.save(dict(state_dict=dict(a=torch.zeros(1))), path)
+    assert main([str(path), str(tmp_path / 'x.pth')]) == 1
+    assert 'one PeersTerm' in capsys.readouterr().err
+
+
+def test_the_command_says_whom_it_wrote(file, tmp_path, capsys):
+    target = tmp_path / 'x.pth'
+    assert main([str(file), str(target)]) == 0
+    assert capsys.readouterr().out == f'{target}: b\n'
+
+
+# All of them -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('how', ['nms', 'wbf'])
+def test_they_answer_together(trained, file, how):
+    model = ensemble(fuse=how, iou_threshold=0.4, max_per_img=12)
+    load_checkpoint(model, str(file))
+    own, peer = (
+        predictions(one) for one in (trained, trained.terms.p2p.peers['b'])
+    )
+    for found, one, other in zip(predictions(model), own, peer):
+        boxes, scores, labels = fuse_boxes(
+            torch.cat([one.bboxes, other.bboxes]),
+            torch.cat([one.scores, other.scores]),
+            torch.cat([one.labels, other.labels]),
+            2,
+            how,
+            0.4,
+        )
+        assert torch.equal(found.bboxes, boxes[:12])
+        assert torch.equal(found.scores, scores[:12])
+        assert torch.equal(found.labels, labels[:12])
+
+
+def test_its_own_checkpoint_loads_as_well(trained, file):
+    model, other = ensemble(), ensemble()
+    load_checkpoint(model, str(file))
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert_same(predictions(other), predictions(model))
+
+
+def test_equal_students_fused_by_nms_are_one_of_them():
+    model = tiny.build(
+        dict(type='mmkd.PeerEnsemble', students=dict(a=SMALL, b=SMALL))
+    ).eval()
+    one = model.students['a']
+    model.students['b'].load_state_dict(one.state_dict())
+    assert_same(predictions(model), predictions(one))
+
+
+def test_losses_are_those_of_every_student():
+    model = ensemble()
+    found = model.loss(*tiny.batch())
+    own = model.students['b'].loss(*tiny.batch())
+    assert set(found) == {
+        f'{name}_{key}' for name in ('student', 'b') for key in own
+    }
+    torch.testing.assert_close(
+        tiny.total({'loss': found['b_loss_cls']}),
+        tiny.total({'loss': own['loss_cls']}),
+    )
+
+
+def test_a_student_that_is_not_in_the_checkpoint_is_told(trained):
+    model = tiny.build(
+        dict(type='mmkd.PeerEnsemble', students=dict(student=SMALL, d=WIDE))
+    )
+    with pytest.raises(ValueError, match="no student 'd'"):
+        model.load_state_dict(trained.state_dict())
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        (dict(fuse='nmss'), "Did you mean 'nms'"),
+        (dict(iou_threshold=2), 'between 0 and 1'),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ensemble(**settings)
+
+
+def test_an_ensemble_of_nobody_is_refused():
+    with pytest.raises(ValueError, match='at least one student'):
+        MODELS.build(dict(type='mmkd.PeerEnsemble', students={}))
