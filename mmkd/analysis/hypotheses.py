@@ -1,0 +1,290 @@
+"""Write what a teacher says of a set of images, several times, to one file."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.registry import DATASETS
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+
+from mmkd.configs import read_config
+from mmkd.datasets.hypotheses import (
+    DRAWN,
+    GENERATORS,
+    Boxes,
+    annotations,
+    generate,
+    nbest,
+    write_cache,
+)
+from mmkd.teachers import Teacher
+
+#: Seconds between two times that the file is written.
+EVERY = 60.0
+#: Settings that say which file it is; others change nothing in it.
+SETTINGS = ('generator', 'num_hypotheses', 'score_thr', 'temperature')
+SETTINGS += ('jitter', 'dropout', 'seed')
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command ``tools/make_hypotheses.py``."""
+    options = _parser().parse_args(arguments)
+    try:
+        make(options)
+    except (FileNotFoundError, FileExistsError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='make_hypotheses.py', description=__doc__
+    )
+    parser.add_argument('config', help="the teacher's config")
+    parser.add_argument(
+        'checkpoint', nargs='+', help='its weights; several for checkpoints'
+    )
+    parser.add_argument('--out', required=True, help='the JSON file')
+    parser.add_argument(
+        '--ann-file', help='images to describe, COCO; default: training set'
+    )
+    parser.add_argument('--img-prefix', help='their folder')
+    parser.add_argument('--generator', choices=GENERATORS, default='sample')
+    parser.add_argument('--num-hypotheses', type=int, default=10)
+    parser.add_argument('--score-thr', type=float, default=0.3)
+    parser.add_argument('--temperature', type=float, default=1.0)
+    parser.add_argument('--jitter', type=float, default=0.0)
+    parser.add_argument('--dropout', type=float, default=0.1)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument(
+        '--overwrite', action='store_true', help='begin anew in any case'
+    )
+    parser.add_argument(
+        '--overwrite-if-changed',
+        action='store_true',
+        help='begin anew if the file was made otherwise',
+    )
+    return parser
+
+
+def make(options: argparse.Namespace) -> None:
+    """Make the file, or go on with one that was interrupted.
+
+    Raises:
+        FileExistsError: If there is a file of other settings, weights or
+            data, and ``overwrite`` is not set.
+        ValueError: If ``checkpoints`` is not given one for each hypothesis.
+    """
+    number, several = options.num_hypotheses, options.checkpoint
+    wanted = number if options.generator == 'checkpoints' else 1
+    if number < 1 or len(several) != wanted:
+        raise ValueError(
+            f'make_hypotheses needs {max(wanted, 1)} checkpoints for '
+            f'--generator {options.generator} --num-hypotheses {number}, got '
+            f'{len(several)}. Name one for each hypothesis with checkpoints, '
+            f'and one alone with any other generator.'
+        )
+    init_default_scope('mmdet')
+    config = read_config(options.config, 'make_hypotheses')
+    dataset = _images(config, options)
+    teachers = [_loaded(options, file) for file in several]
+    info = dict(
+        {name: getattr(options, name) for name in SETTINGS},
+        fingerprint=_fingerprint(config, dataset, teachers),
+        complete=False,
+    )
+    cache = _begun(options, info, dataset)
+    known = {one['id'] for one in cache['images']}
+    describe = _describer(options, teachers, len(dataset.metainfo['classes']))
+    ids = [one['id'] for one in cache['categories']]
+    written = time.monotonic()
+    for index in range(len(dataset)):
+        image = dataset.get_data_info(index)
+        if image['img_id'] in known:
+            continue
+        sets = describe(dataset[index], image['img_id'])
+        cache['annotations'] += annotations(
+            image['img_id'], sets, len(cache['annotations']), ids
+        )
+        cache['images'].append(
+            dict(
+                id=image['img_id'],
+                file_name=Path(image['img_path']).name,
+                width=image['width'],
+                height=image['height'],
+            )
+        )
+        if time.monotonic() - written > EVERY:
+            write_cache(options.out, cache)
+            written = time.monotonic()
+            print(f'{index + 1} of {len(dataset)} images', flush=True)
+    cache['info']['complete'] = True
+    write_cache(options.out, cache)
+    print(f'{options.out}: {len(cache["annotations"])} boxes')
+
+
+def _images(config: Any, options: argparse.Namespace) -> Any:
+    """The training set, seen through the pipeline of tests."""
+    tested = config.test_dataloader.dataset
+    settings = dict(config.train_dataloader.dataset)
+    while 'dataset' in settings:
+        settings = dict(settings['dataset'])
+    if options.ann_file:
+        settings.update(data_root='', ann_file=options.ann_file)
+        settings['data_prefix'] = dict(img=options.img_prefix or '')
+    settings.update(filter_cfg=None, pipeline=tested.pipeline, test_mode=True)
+    return DATASETS.build(settings)
+
+
+def _loaded(options: argparse.Namespace, file: str) -> Teacher:
+    teacher = Teacher(options.config, file)
+    teacher.load()
+    teacher.to(torch.device(options.device))
+    return teacher
+
+
+def _fingerprint(
+    config: Any, dataset: Any, teachers: Sequence[Teacher]
+) -> str:
+    digest = hashlib.sha256(config.pretty_text.encode())
+    for teacher in teachers:
+        for name, value in teacher.detector.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+    for index in range(len(dataset)):
+        one = dataset.get_data_info(index)
+        said = one['img_id'], one['img_path'], one['width'], one['height']
+        digest.update(json.dumps(said).encode())
+    return digest.hexdigest()
+
+
+def _begun(
+    options: argparse.Namespace, info: Mapping[str, Any], dataset: Any
+) -> dict:
+    out = Path(options.out)
+    if out.is_file() and not options.overwrite:
+        cache = json.loads(out.read_text())
+        theirs = cache.get('info', {})
+        if {**theirs, 'complete': False} == info:
+            return cache
+        if options.overwrite_if_changed:
+            return _empty(info, dataset)
+        changed = [
+            key
+            for key in info
+            if key != 'complete' and theirs.get(key) != info[key]
+        ]
+        raise FileExistsError(
+            f'make_hypotheses would replace {out}, which was made otherwise '
+            f'({", ".join(changed)} differ). Name another --out, or type '
+            f'--overwrite.'
+        )
+    return _empty(info, dataset)
+
+
+def _empty(info: Mapping[str, Any], dataset: Any) -> dict:
+    classes = dataset.metainfo['classes']
+    ids = getattr(dataset, 'cat_ids', range(len(classes)))
+    return dict(
+        info=dict(info),
+        categories=[
+            dict(id=number, name=name) for number, name in zip(ids, classes)
+        ],
+        images=[],
+        annotations=[],
+    )
+
+
+def _describer(
+    options: argparse.Namespace, teachers: Sequence[Teacher], classes: int
+) -> Callable[[dict, int], list[Boxes]]:
+    number, low = options.num_hypotheses, options.score_thr
+
+    def describe(data: dict, image: int) -> list[Boxes]:
+        seed = np.random.SeedSequence([options.seed, image])
+        if options.generator == 'mc_dropout':
+            with dropping(teachers[0].detector, options.dropout, seed):
+                found = [find(teachers[0], data) for _ in range(number)]
+            return [nbest(one, 1, low)[0] for one in found]
+        found = [find(teacher, data) for teacher in teachers]
+        if options.generator == 'checkpoints':
+            return [nbest(one, 1, low)[0] for one in found]
+        drawn = options.generator in DRAWN
+        return generate(
+            found[0],
+            options.generator,
+            number,
+            classes,
+            np.random.default_rng(seed) if drawn else None,
+            low,
+            options.temperature,
+            options.jitter,
+        )
+
+    return describe
+
+
+@torch.no_grad()
+def find(teacher: Teacher, data: dict) -> Boxes:
+    """A teacher's boxes of one image, in pixels of the image as stored."""
+    (sample,) = teacher.detector.test_step(pseudo_collate([data]))
+    found = sample.pred_instances
+    return Boxes(
+        found.bboxes.cpu().double().numpy(),
+        found.scores.cpu().double().numpy(),
+        found.labels.cpu().numpy(),
+    )
+
+
+@contextmanager
+def dropping(
+    detector: nn.Module, rate: float, seed: np.random.SeedSequence
+) -> Iterator[None]:
+    """Drop channels of the maps that the neck gives, and what is dropped
+    in training, with draws of their own.
+
+    Args:
+        detector: Any of mmdet with a neck.
+        rate: Share of channels that is dropped; the others grow by as much.
+        seed: Of the draws.
+    """
+
+    def drop(_: nn.Module, __: tuple, maps: Sequence[Tensor]) -> tuple:
+        return tuple(nn.functional.dropout2d(one, rate) for one in maps)
+
+    layers = [
+        one
+        for one in detector.modules()
+        if isinstance(one, nn.modules.dropout._DropoutNd) and one.p
+    ]
+    if not getattr(detector, 'with_neck', False):
+        raise ValueError(
+            f'make_hypotheses drops channels behind the neck, which '
+            f'{type(detector).__name__} has not. Choose another --generator, '
+            f'for instance sample.'
+        )
+    hook = detector.neck.register_forward_hook(drop)
+    with torch.random.fork_rng():
+        torch.manual_seed(int(seed.generate_state(1)[0]))
+        try:
+            for one in layers:
+                one.train()
+            yield
+        finally:
+            hook.remove()
+            for one in layers:
+                one.eval()
