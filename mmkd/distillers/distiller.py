@@ -180,7 +180,7 @@ class Distilling:
             for teacher in self.teachers.values():
                 teacher.lend(self)
             for term in self.terms.values():
-                term.begin()
+                term.initialise()
 
     def loss(
         self, batch_inputs: Tensor, batch_data_samples: SampleList

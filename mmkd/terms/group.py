@@ -79,9 +79,9 @@ class GroupTerm(Term):
             )
         )
 
-    def begin(self) -> None:
+    def initialise(self) -> None:
         for term in self.terms.values():
-            term.begin()
+            term.initialise()
 
     def speaking(self) -> dict[str, bool]:
         """Which terms have anything to say."""

@@ -157,7 +157,7 @@ class PeersTerm(Term):
                 )
         self._pixels = Pixels.of(student, 'The student')
 
-    def begin(self) -> None:
+    def initialise(self) -> None:
         for number, peer in enumerate(self.peers.values(), 1):
             with preserved(_seed(number)):
                 peer.init_weights()

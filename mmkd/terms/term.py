@@ -60,7 +60,7 @@ class Term(nn.Module, ABC):
             ``watch_`` is logged and not summed.
         """
 
-    def begin(self) -> None:
+    def initialise(self) -> None:
         """Give detectors of its own the weights that they begin with.
 
         Called when the student has got its own, in a random state that is
