@@ -514,7 +514,7 @@ class WeightNet(nn.Module):
         teachers: M.
 
     Example:
-        >>> WeightNet(6, 2)(torch.randn(1, 6))
+        >>> WeightNet(6, 2)(torch.randn(1, 6)).detach()
         tensor([[0.5000, 0.5000]])
     """
 
