@@ -280,16 +280,23 @@ def test_zoo_has_the_weights_of_teachers_and_all_results(path):
 # Two steps -------------------------------------------------------------------
 
 
+#: Where layers begin to read numbers; students elsewhere than teachers, so
+#: that no layer is the same on both sides.
+PLACE = 0
+
+
 @pytest.fixture(scope='module', autouse=True)
 def cheap_weights():
     """Layers begin with numbers of one draw: drawing took half of the time."""
     drawn = 2 * torch.rand(2**22, generator=torch.manual_seed(0)) - 1
+    read_from = cache(drawn.roll)
 
     def begin(layer):
+        numbers = read_from(PLACE)
         with torch.no_grad():
             flat = layer.weight.view(-1)
-            for part in flat.split(len(drawn)):
-                part.copy_(drawn[: len(part)])
+            for part in flat.split(len(numbers)):
+                part.copy_(numbers[: len(part)])
             flat /= layer.weight[0].numel() ** 0.5
             if layer.bias is not None:
                 layer.bias.zero_()
@@ -424,15 +431,7 @@ def test_learns_for_two_steps_and_loads_in_the_plain_student(weights, path):
         heard = shares(log)
         assert all(heard.pop(name) == 0 for name in idle)
         assert heard
-        # A part may have nothing to say: layers begin with the same numbers.
-        assert all(value >= 0 for value in heard.values())
-        for name in student.terms:
-            said = [
-                value
-                for key, value in heard.items()
-                if f'{key}_'.startswith(f'loss_kd_{name}_')
-            ]
-            assert not said or max(said) > 0, name
+        assert all(value > 0 for value in heard.values())
         assert log['loss'].isfinite()
     for name, file in files.items():
         assert_teacher_is(student.teachers[name].detector, file)
@@ -470,8 +469,9 @@ def test_without_a_teacher_it_learns_from_the_second_step(path, hub):
 
 def built(model: ConfigDict) -> torch.nn.Module:
     torch.manual_seed(0)
-    student = MODELS.build(model)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), 'PLACE', 7919)
+        student = MODELS.build(model)
         # Peers of a term would be downloaded as well.
         patch.setattr(PretrainedInit, '__call__', lambda self, module: None)
         student.init_weights()
