@@ -14,6 +14,7 @@ ORDER = (
     'registry',
     'compat',
     'checks',
+    'files',
     'classes',
     'build',
     'randomness',

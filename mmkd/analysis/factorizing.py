@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from mmkd.compat.checkpoint import (
 )
 from mmkd.configs import read_config
 from mmkd.detectors.factorized import LowRankLinear, factorize
+from mmkd.files import check_free, whole
 from mmkd.teachers import without_init
 
 
@@ -107,21 +107,16 @@ def write(options: argparse.Namespace) -> list[Layer]:
     out = options.out
     check_name('factorize.py', 'ending of --out', out.suffix, ['.py'])
     weights = out.with_suffix('.pth')
-    for path in (out, weights):
-        if path.exists() and not options.overwrite:
-            raise FileExistsError(
-                f'{path} is there already. Name another --out, or add '
-                f'--overwrite.'
-            )
+    check_free(out, weights, overwrite=options.overwrite)
     config = read_config(options.config, 'factorize.py')
     init_default_scope(config.get('default_scope', 'mmdet'))
     checkpoint = read_checkpoint(options.checkpoint)
-    whole = MODELS.build(without_init(config.model))
-    _load(whole, checkpoint, options)
-    thin = copy.deepcopy(whole)
+    dense = MODELS.build(without_init(config.model))
+    _load(dense, checkpoint, options)
+    thin = copy.deepcopy(dense)
     layers = factorize(thin, options.rank_ratio, options.parts)
     found = [
-        Layer.of(path, whole.get_submodule(path), layer)
+        Layer.of(path, dense.get_submodule(path), layer)
         for path, layer in layers.items()
     ]
     text = config_text(
@@ -130,13 +125,10 @@ def write(options: argparse.Namespace) -> list[Layer]:
     meta = dict(dataset_meta=dict(classes=classes_of(checkpoint)))
     state = dict(state_dict=thin.state_dict(), meta=meta)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for path, save in (
-        (weights, lambda part: torch.save(state, part)),
-        (out, lambda part: part.write_text(text, encoding='utf-8')),
-    ):
-        part = path.with_name(f'{path.name}.part')
-        save(part)
-        os.replace(part, path)
+    with whole(weights) as part:
+        torch.save(state, part)
+    with whole(out) as part:
+        part.write_text(text, encoding='utf-8')
     return found
 
 

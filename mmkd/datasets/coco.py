@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from mmkd.datasets.voc import area
+from mmkd.files import whole
 from mmkd.version import __version__
 
 #: The data card: what is there, where it is from, how it was made.
@@ -155,7 +156,8 @@ class CocoWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         if encoded is None:
             encoded = cv2.imencode(path.suffix, image)[1].tobytes()
-        write_whole(path, encoded)
+        with whole(path, durable=False) as part:
+            part.write_bytes(encoded)
         return True
 
     def finish(self, **about: Any) -> dict:
@@ -180,7 +182,8 @@ class CocoWriter:
                     ],
                 )
             )
-            write_whole(self.part / f'{split}.json', text.encode())
+            with whole(self.part / f'{split}.json') as part:
+                part.write_text(text, encoding='utf-8')
             splits[split] = self._summary(entry) | dict(
                 json_sha256=hashlib.sha256(text.encode()).hexdigest()
             )
@@ -195,9 +198,8 @@ class CocoWriter:
                 opencv=cv2.__version__,
             ),
         )
-        write_whole(
-            self.part / CARD, json.dumps(card, indent=2).encode() + b'\n'
-        )
+        with whole(self.part / CARD) as part:
+            part.write_text(json.dumps(card, indent=2) + '\n')
         os.rename(self.part, self.out)
         return card
 
@@ -228,13 +230,6 @@ def pixel_digest(image: np.ndarray) -> str:
     digest = hashlib.sha256(repr(image.shape).encode())
     digest.update(np.ascontiguousarray(image).tobytes())
     return digest.hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write under another name first, so that ``path`` is whole or absent."""
-    temporary = path.with_name(f'{path.name}.tmp')
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def _read_card(folder: Path) -> dict | None:

@@ -13,7 +13,6 @@ Reference:
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import numpy as np
 from mmengine.dataset import force_full_init
 
 from mmkd.checks import check_name
+from mmkd.files import whole
 from mmkd.registry import DATASETS
 
 #: How several hypotheses are made from a teacher.
@@ -234,9 +234,8 @@ def write_cache(path: str | Path, cache: Mapping[str, Any]) -> None:
     """Write a file whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.part')
-    part.write_text(json.dumps(cache))
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(json.dumps(cache))
 
 
 def annotations(

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from mmdet.models.detectors import BaseDetector
+from mmdet.models.utils import weighted_boxes_fusion
 from mmdet.structures import SampleList
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torchvision.ops import batched_nms
 
 from mmkd.checks import check_fraction, check_name
 from mmkd.compat.checkpoint import (
@@ -22,12 +24,14 @@ from mmkd.compat.checkpoint import (
     state_dict_of,
 )
 from mmkd.configs import read_config, student_config
-from mmkd.ops.fusion import FUSIONS, fuse_boxes
+from mmkd.files import check_free, whole
 from mmkd.pixels import Pixels, translate
 from mmkd.registry import DETECTORS, MODELS
 from mmkd.terms.peers import STUDENT, TEACHER
 
 BEST = 'best'
+#: How boxes of several detectors are brought together.
+FUSIONS = ('nms', 'wbf')
 
 
 def students_in(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -102,7 +106,8 @@ def export_peer(
     check_name(str(source), 'student', peer, [BEST, *students])
     name = best_in(state) if peer == BEST else peer
     meta = checkpoint.get('meta', {})
-    torch.save(dict(meta=meta, state_dict=students[name]), target)
+    with whole(target) as part:
+        torch.save(dict(meta=meta, state_dict=students[name]), part)
     return name
 
 
@@ -118,7 +123,7 @@ class PeerEnsemble(BaseDetector):
         students: ``dict(config=…)`` of each by name, the distilled one as
             ``student`` and the others as they were called; ``cfg_options`` as
             for a teacher.
-        fuse: ``'nms'`` or ``'wbf'``, see :func:`mmkd.ops.fusion.fuse_boxes`.
+        fuse: ``'nms'`` or ``'wbf'``, see :func:`fuse_boxes`.
         iou_threshold: Overlap from which boxes are the same object.
         max_per_img: Most boxes of an image.
         data_preprocessor: That of the first student, if None.
@@ -229,15 +234,11 @@ class PeerEnsemble(BaseDetector):
         return batch_data_samples
 
     def _fused(self, answers: Sequence[InstanceData]) -> InstanceData:
-        boxes, scores, labels = (
-            torch.cat([one[key] for one in answers])
-            for key in ('bboxes', 'scores', 'labels')
-        )
         boxes, scores, labels = fuse_boxes(
-            boxes,
-            scores,
-            labels,
-            len(answers),
+            *(
+                [one[key] for one in answers]
+                for key in ('bboxes', 'scores', 'labels')
+            ),
             self.fuse,
             self.iou_threshold,
         )
@@ -263,6 +264,54 @@ class PeerEnsemble(BaseDetector):
         ]
 
 
+def fuse_boxes(
+    boxes: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    how: str = 'nms',
+    iou_threshold: float = 0.5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One set of boxes out of those of several detectors.
+
+    With ``'nms'`` the best of overlapping boxes of a class stays as it is.
+    With ``'wbf'``, which is MMDetection's, it becomes the mean of all that
+    overlap, weighted by their scores, and its score is the mean of theirs,
+    less what only a few of the detectors have seen.
+
+    Args:
+        boxes: Of each detector, x1 y1 x2 y2, (M, 4).
+        scores: Their scores, (M,).
+        labels: Their classes, (M,).
+        how: ``'nms'`` or ``'wbf'``.
+        iou_threshold: Overlap from which boxes are the same object.
+
+    Returns:
+        Boxes (R, 4), scores and labels (R,), the best first.
+
+    Reference:
+        Solovyev et al., "Weighted boxes fusion: Ensembling boxes from
+        different object detection models", Image and Vision Computing 2021,
+        arXiv:1910.13302.
+    """
+    like, of_classes = boxes[0], labels[0]
+    if how == 'nms':
+        boxes, scores, labels = map(torch.cat, (boxes, scores, labels))
+        kept = batched_nms(boxes, scores, labels, iou_threshold)
+        return boxes[kept], scores[kept], labels[kept]
+    found = [
+        (one.prod(1) > 0).nonzero()[:, 0]
+        for one in (box[:, 2:] - box[:, :2] for box in boxes)
+    ]  # it warns of every box without an area
+    boxes, scores, labels = (
+        [one[index].cpu() for one, index in zip(group, found)]
+        for group in (boxes, scores, labels)
+    )
+    boxes, scores, labels = weighted_boxes_fusion(
+        boxes, scores, labels, iou_thr=iou_threshold
+    )
+    return boxes.view(-1, 4).to(like), scores.to(like), labels.to(of_classes)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``export_peer.py``.
 
@@ -285,8 +334,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help='name of the student; default: the one whose detection loss was '
         'lowest at the end',
     )
+    parser.add_argument(
+        '--overwrite', action='store_true', help='replace a file of that name'
+    )
     options = parser.parse_args(arguments)
     try:
+        check_free(options.out, overwrite=options.overwrite)
         name = export_peer(options.checkpoint, options.out, options.peer)
     except (OSError, ValueError) as error:
         print(f'export_peer.py: {error}', file=sys.stderr)

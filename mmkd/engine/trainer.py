@@ -40,6 +40,7 @@ from mmkd.engine.keep import keeping_class
 from mmkd.engine.loops import ResumableEpochLoop, ResumableIterLoop
 from mmkd.engine.resume import ResumeHook, plain_model
 from mmkd.engine.start import Start
+from mmkd.files import whole
 
 #: Name of the checkpoint that Ctrl-C leaves.
 INTERRUPTED = 'interrupted.pth'
@@ -214,7 +215,7 @@ class Trainer(Runner):
         path = Path(self.work_dir, INTERRUPTED)
         if is_main_process():
             pointer = Path(self.work_dir, 'last_checkpoint')
-            with _whole(pointer) as temporary:
+            with whole(pointer) as temporary:
                 temporary.write_text(str(path))
         number = self.interrupts.agreed()
         self.logger.info(f'Stopped after iteration {iteration}.')
@@ -233,7 +234,7 @@ class Trainer(Runner):
         if not isinstance(backend, LocalBackend) or not is_main_process():
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
             return
-        with _whole(Path(out_dir, filename)) as temporary:
+        with whole(Path(out_dir, filename)) as temporary:
             super().save_checkpoint(
                 str(temporary.parent), temporary.name, *args, **kwargs
             )
@@ -283,19 +284,6 @@ class Trainer(Runner):
             )
             self.logger.info(f'load_from {filename}: {fit.summary()}')
         return checkpoint
-
-
-@contextmanager
-def _whole(path: Path) -> Any:
-    """A name to write to; the file gets its own when it is complete."""
-    temporary = path.with_name(f'.{path.name}.part')
-    try:
-        yield temporary
-        with temporary.open('rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------- resuming

@@ -9,10 +9,10 @@ from mmengine.runner.checkpoint import load_checkpoint
 from mmkd.detectors.peer_ensemble import (
     best_in,
     export_peer,
+    fuse_boxes,
     main,
     students_in,
 )
-from mmkd.ops.fusion import fuse_boxes
 
 SMALL = dict(config=dict(model=tiny.retinanet()))
 WIDE = dict(config=dict(model=tiny.retinanet(base=16)))
@@ -124,6 +124,15 @@ def test_the_command_says_whom_it_wrote(file, tmp_path, capsys):
     assert capsys.readouterr().out == f'{target}: b\n'
 
 
+def test_a_file_that_is_there_stays_unless_told(file, tmp_path, capsys):
+    target = tmp_path / 'x.pth'
+    target.write_text('mine')
+    assert main([str(file), str(target)]) == 1
+    assert '--overwrite' in capsys.readouterr().err
+    assert target.read_text() == 'mine'
+    assert main([str(file), str(target), '--overwrite']) == 0
+
+
 # All of them -----------------------------------------------------------------
 
 
@@ -136,10 +145,9 @@ def test_they_answer_together(trained, file, how):
     )
     for found, one, other in zip(predictions(model), own, peer):
         boxes, scores, labels = fuse_boxes(
-            torch.cat([one.bboxes, other.bboxes]),
-            torch.cat([one.scores, other.scores]),
-            torch.cat([one.labels, other.labels]),
-            2,
+            [one.bboxes, other.bboxes],
+            [one.scores, other.scores],
+            [one.labels, other.labels],
             how,
             0.4,
         )
@@ -200,3 +208,77 @@ def test_what_cannot_be_is_refused(settings, message):
 def test_an_ensemble_of_nobody_is_refused():
     with pytest.raises(ValueError, match='at least one student'):
         MODELS.build(dict(type='mmkd.PeerEnsemble', students={}))
+
+
+# Boxes brought together ------------------------------------------------------
+
+A = [0.0, 0, 10, 10]
+NEAR_A = [0.0, 0, 10, 14]
+FAR = [50.0, 50, 60, 60]
+
+
+def fuse(boxes, scores, labels=None, **settings):
+    """Of two detectors, which take turns."""
+    labels = [0] * len(boxes) if labels is None else labels
+    turns = [slice(start, None, 2) for start in range(2)]
+    return fuse_boxes(
+        [torch.tensor(boxes).view(-1, 4)[turn] for turn in turns],
+        [torch.tensor(scores)[turn] for turn in turns],
+        [torch.tensor(labels, dtype=torch.long)[turn] for turn in turns],
+        **settings,
+    )
+
+
+def test_nms_keeps_the_best_as_it_is():
+    boxes, scores, _ = fuse([A, NEAR_A, FAR], [0.5, 0.8, 0.3])
+    assert boxes.tolist() == [NEAR_A, FAR]
+    assert scores.tolist() == pytest.approx([0.8, 0.3])
+
+
+def test_fused_boxes_are_means_by_score():
+    boxes, scores, _ = fuse([A, NEAR_A], [0.6, 0.2], how='wbf')
+    # (0.6 * 10 + 0.2 * 14) / 0.8
+    assert boxes[0].tolist() == pytest.approx([0, 0, 10, 11])
+    assert scores.tolist() == pytest.approx([0.4])
+
+
+def test_what_one_of_two_has_seen_counts_half():
+    _, scores, _ = fuse([A, A, FAR], [0.9, 0.7, 0.9], how='wbf')
+    assert scores.tolist() == pytest.approx([0.8, 0.45])
+
+
+def test_more_boxes_than_detectors_are_averaged():
+    _, scores, _ = fuse([A] * 4, [0.8, 0.6, 0.4, 0.2], how='wbf')
+    assert scores.tolist() == pytest.approx([0.5])
+
+
+@pytest.mark.parametrize('how', ['nms', 'wbf'])
+def test_classes_are_apart(how):
+    boxes, _, labels = fuse([A, A], [0.6, 0.4], [2, 1], how=how)
+    assert boxes.tolist() == [A, A]
+    assert labels.tolist() == [2, 1]
+
+
+def test_the_threshold_says_what_is_the_same():
+    assert len(fuse([A, NEAR_A], [0.6, 0.2], iou_threshold=0.7)[0]) == 1
+    assert len(fuse([A, NEAR_A], [0.6, 0.2], iou_threshold=0.8)[0]) == 2
+
+
+def test_the_best_comes_first():
+    _, scores, labels = fuse(
+        [A, FAR, FAR], [0.9, 0.6, 0.8], [3, 4, 4], how='wbf'
+    )
+    assert labels.tolist() == [4, 3]  # both have seen the far one
+    assert scores.tolist() == pytest.approx([0.7, 0.45])
+
+
+@pytest.mark.parametrize('how', ['nms', 'wbf'])
+def test_nothing_stays_nothing(how):
+    boxes, scores, labels = fuse([], [], how=how)
+    assert (len(boxes), len(scores), len(labels)) == (0, 0, 0)
+
+
+def test_a_box_without_an_area_is_left_out():
+    flat = [3.0, 3, 3, 9]
+    boxes, _, _ = fuse([A, flat], [0.6, 0.9], how='wbf')
+    assert boxes.tolist() == [A]
