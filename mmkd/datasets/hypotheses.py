@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from mmdet.evaluation.functional import bbox_overlaps
 from mmengine.dataset import force_full_init
 
 from mmkd.checks import check_name
@@ -46,21 +47,6 @@ class Boxes(NamedTuple):
     def at(self, index: np.ndarray) -> Boxes:
         """Those of an index or a mask."""
         return Boxes(*(one[index] for one in self))
-
-
-def overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Intersection over union of each with each, (N, 4) and (M, 4) → (N, M).
-
-    Example:
-        >>> overlaps(np.array([[0.0, 0, 2, 2]]), np.array([[0.0, 0, 2, 1]]))
-        array([[0.5]])
-    """
-    low = np.maximum(one[:, None, :2], other[None, :, :2])
-    high = np.minimum(one[:, None, 2:], other[None, :, 2:])
-    shared = (high - low).clip(0).prod(-1)
-    areas = [(x[:, 2:] - x[:, :2]).clip(0).prod(-1) for x in (one, other)]
-    whole = areas[0][:, None] + areas[1][None] - shared
-    return shared / np.maximum(whole, 1e-9)
 
 
 def nbest(found: Boxes, number: int, score_thr: float) -> list[Boxes]:
@@ -94,7 +80,7 @@ def candidates(
     found = found.at(found.scores > 0)
     order = np.argsort(-found.scores, kind='stable')
     found = found.at(order)
-    near = overlaps(found.boxes, found.boxes) >= iou_thr
+    near = bbox_overlaps(found.boxes, found.boxes) >= iou_thr
     free = np.ones(len(order), bool)
     boxes, scores = [], []
     for index in range(len(order)):
@@ -172,7 +158,7 @@ def agreement(one: Boxes, other: Boxes, iou_thr: float = 0.5) -> float:
     total = len(one.labels) + len(other.labels)
     if not total:
         return 1.0
-    iou = overlaps(one.boxes, other.boxes)
+    iou = bbox_overlaps(one.boxes, other.boxes)
     iou = iou * (one.labels[:, None] == other.labels[None])
     pairs = 0
     while iou.size and iou.max() >= iou_thr:

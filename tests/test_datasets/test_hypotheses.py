@@ -16,7 +16,6 @@ from mmkd.datasets.hypotheses import (
     generate,
     mbr,
     nbest,
-    overlaps,
     sample,
     write_cache,
 )
@@ -51,12 +50,6 @@ def same(one, other):
 # Generators ------------------------------------------------------------------
 
 
-def test_overlap_is_worked_out_by_hand():
-    one = np.array([[0.0, 0, 4, 4], [8, 8, 9, 9]])
-    other = np.array([[2.0, 0, 6, 4]])
-    np.testing.assert_allclose(overlaps(one, other), [[8 / 24], [0]])
-
-
 def test_one_best_hypothesis_is_plain_pseudo_labelling(found):
     (one,) = nbest(found, 1, 0.3)
     assert same(one, found.at(np.array([1, 2])))
@@ -76,29 +69,29 @@ def test_boxes_on_one_object_become_its_class_scores(found):
 
 
 def test_frequencies_become_the_teachers_probabilities(found):
-    sets = sample(found, 4000, 3, rng())
+    sets = sample(found, 20000, 3, rng())
     counts = np.bincount(np.concatenate([one.labels for one in sets]))
     want = [0.6 * 0.75, 0.3, 0.6 * 0.25]
-    np.testing.assert_allclose(counts / 4000, want, atol=0.03)
+    np.testing.assert_allclose(counts / 20000, want, atol=0.015)
 
 
 def test_cross_entropy_of_drawn_labels_becomes_that_of_soft_ones():
     teacher = np.array([0.5, 0.3, 0.1])
     found = boxes(*((0, 0, 8, 8, score, k) for k, score in enumerate(teacher)))
     logs = np.log([0.2, 0.5, 0.3])
-    sets = sample(found, 4000, 3, rng())
+    sets = sample(found, 20000, 3, rng())
     labels = np.concatenate([one.labels for one in sets])
     soft = -(teacher / teacher.sum() * logs).sum()
-    assert -logs[labels].mean() == pytest.approx(soft, abs=0.03)
+    assert -logs[labels].mean() == pytest.approx(soft, abs=0.01)
 
 
 def test_temperature_sharpens_presence_and_class(found):
-    sets = sample(found, 4000, 3, rng(), temperature=0.5)
+    sets = sample(found, 20000, 3, rng(), temperature=0.5)
     counts = np.bincount(np.concatenate([one.labels for one in sets]))
     present = 1 / (1 + (0.4 / 0.6) ** 2)
     share = 0.6**2 / (0.6**2 + 0.2**2)
     want = [present * share, 1 / (1 + (0.7 / 0.3) ** 2)]
-    np.testing.assert_allclose(counts[:2] / 4000, want, atol=0.03)
+    np.testing.assert_allclose(counts[:2] / 20000, want, atol=0.015)
 
 
 def test_drawn_sets_differ_and_coincide_in_the_cold(found):
