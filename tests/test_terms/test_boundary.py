@@ -155,9 +155,9 @@ def test_a_rival_is_drawn_by_the_probabilities_of_the_others(build):
 
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_samples_lie_closer_to_the_boundary_than_their_sources(build, norm):
-    size = 0.5 if norm == 'linf' else 40.0
+    size = 1.0 if norm == 'linf' else 40.0
     model = build(norm=norm, step_size=size, num_steps=10, rival='second')
-    images, samples = data(boxes=1, shapes=((128, 128),) * 4)
+    images, samples = data(boxes=1, shapes=((128, 128),) * 8)
     for one, found in zip(samples, literal_objects(model, images, samples)):
         one.gt_instances.labels[:] = found[3]
     step, losses = told(model, images, samples)
@@ -171,7 +171,7 @@ def test_samples_lie_closer_to_the_boundary_than_their_sources(build, norm):
     assert (margins[0] < 0).all()
     assert (margins[1].abs() < margins[0].abs()).all()
     turned = (margins[1] >= 0).float().mean()
-    assert turned >= 0.5
+    assert turned > 0.5
     assert losses['kd_x_turned'] == turned
     # They are led across, and not far beyond.
     assert margins[1].max() < 0.1 + 0.25 * margins[0].abs().max()
