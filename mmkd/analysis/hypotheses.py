@@ -19,6 +19,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
+from mmkd.compat.checkpoint import check_file
 from mmkd.configs import read_config
 from mmkd.datasets.hypotheses import (
     DRAWN,
@@ -93,13 +94,15 @@ def make(options: argparse.Namespace) -> None:
     wanted = number if options.generator == 'checkpoints' else 1
     if number < 1 or len(several) != wanted:
         raise ValueError(
-            f'make_hypotheses needs {max(wanted, 1)} checkpoints for '
+            f'make_hypotheses.py needs {max(wanted, 1)} checkpoints for '
             f'--generator {options.generator} --num-hypotheses {number}, got '
             f'{len(several)}. Name one for each hypothesis with checkpoints, '
             f'and one alone with any other generator.'
         )
+    for file in several:
+        check_file(file, 'make_hypotheses.py')
     init_default_scope('mmdet')
-    config = read_config(options.config, 'make_hypotheses')
+    config = read_config(options.config, 'make_hypotheses.py')
     dataset = _images(config, options)
     teachers = [_loaded(options, file) for file in several]
     info = dict(
@@ -189,7 +192,7 @@ def _begun(
             if key != 'complete' and theirs.get(key) != info[key]
         ]
         raise FileExistsError(
-            f'make_hypotheses would replace {out}, which was made otherwise '
+            f'make_hypotheses.py would replace {out}, which was made otherwise '
             f'({", ".join(changed)} differ). Name another --out, or type '
             f'--overwrite.'
         )
@@ -273,7 +276,7 @@ def dropping(
     ]
     if not getattr(detector, 'with_neck', False):
         raise ValueError(
-            f'make_hypotheses drops channels behind the neck, which '
+            f'make_hypotheses.py drops channels behind the neck, which '
             f'{type(detector).__name__} has not. Choose another --generator, '
             f'for instance sample.'
         )

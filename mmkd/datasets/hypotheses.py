@@ -295,7 +295,7 @@ class HypothesisDataset:
         if not Path(cache_file).is_file():
             raise FileNotFoundError(
                 f'HypothesisDataset found no file {str(cache_file)!r}. Type '
-                f'python tools/make_hypotheses.py CONFIG CHECKPOINT '
+                f'python tools/make_hypotheses.py CONFIG CHECKPOINT --out '
                 f'{cache_file}'
             )
         self.gt_weight, self.copies = gt_weight, copies

@@ -468,13 +468,20 @@ def _head(
     kind = find(config, 'head')
     if 'regress_ranges' in inspect.signature(kind).parameters:
         config.setdefault('regress_ranges', ((-1, 1e8),))
-    head = build(
-        config,
-        'head',
-        num_classes=num_classes,
-        in_channels=channels,
-        feat_channels=head_channels,
-    )
+    try:
+        head = build(
+            config,
+            'head',
+            num_classes=num_classes,
+            in_channels=channels,
+            feat_channels=head_channels,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f'MultiHeadTerm cannot build {kind.__name__} with '
+            f'head_channels={head_channels}: {error}. Set a multiple of the '
+            f'groups of its norm, or head=dict(norm_cfg=…).'
+        ) from error
     check_decodable('MultiHeadTerm', head, 'auxiliary side')
     head.init_weights()
     return head

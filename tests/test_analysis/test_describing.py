@@ -152,3 +152,12 @@ def test_the_number_of_checkpoints_must_fit(command, capsys):
     assert 'needs 2 checkpoints' in capsys.readouterr().err
     assert command(weights=(0, 1))[0] == 1
     assert 'needs 1 checkpoints' in capsys.readouterr().err
+
+
+def test_weights_that_are_nowhere_are_told_before_anything_is_built(
+    command, capsys
+):
+    assert command(weights=(7,))[0] == 1
+    said = capsys.readouterr().err
+    assert said.startswith('make_hypotheses.py expected')
+    assert '7.pth' in said

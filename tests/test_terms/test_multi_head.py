@@ -627,3 +627,11 @@ def test_a_head_begins_with_the_scores_of_a_rare_object():
         torch.testing.assert_close(
             bias, torch.full_like(bias, math.log(0.01 / 0.99))
         )
+
+
+def test_channels_that_the_norm_cannot_divide_are_told():
+    with pytest.raises(
+        ValueError,
+        match='cannot build ATSSHead with head_channels=16.*norm_cfg',
+    ):
+        MultiHeadTerm('big', num_classes=3, strides=(8,), head_channels=16)
