@@ -192,8 +192,8 @@ def _begun(
             if key != 'complete' and theirs.get(key) != info[key]
         ]
         raise FileExistsError(
-            f'make_hypotheses.py would replace {out}, which was made otherwise '
-            f'({", ".join(changed)} differ). Name another --out, or type '
+            f'make_hypotheses.py would replace {out}, which was made '
+            f'otherwise ({", ".join(changed)} differ). Name another --out, or type '
             f'--overwrite.'
         )
     return _empty(info, dataset)

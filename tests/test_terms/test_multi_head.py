@@ -7,6 +7,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from mmengine.optim import OptimWrapper
+from one_term import builder, same, shares, state, teacher_of
 from torchvision.ops import generalized_box_iou
 
 from mmkd.ops.masks import valid_mask
@@ -53,50 +54,7 @@ def term(**settings):
     )
 
 
-@pytest.fixture
-def build(tmp_path, teacher_file):
-    def build(student=None, teacher=None, phases=None, **settings):
-        file = teacher_file
-        if teacher is not None:
-            file = tiny.save_teacher(teacher, tmp_path / 'teacher.pth')
-        teacher = teacher or tiny.retinanet(base=16)
-        big = dict(config=dict(model=teacher), checkpoint=str(file))
-        more = {} if phases is None else dict(phases=phases)
-        model = tiny.build(
-            tiny.distilled(
-                student or tiny.retinanet(),
-                dict(big=big),
-                dict(x=term(**settings)),
-                **more,
-            )
-        )
-        model.teachers.load()
-        return model.train()
-
-    return build
-
-
-def teacher_of(student):
-    return student.teachers['big'].detector
-
-
-def shares(losses):
-    return {
-        name.removeprefix('loss_kd_x_'): value
-        for name, value in losses.items()
-        if name.startswith('loss_kd_x')
-    }
-
-
-def state(module):
-    return {key: one.clone() for key, one in module.state_dict().items()}
-
-
-def same(module, before):
-    return all(
-        torch.equal(one, before[key])
-        for key, one in module.state_dict().items()
-    )
+build = builder(term)
 
 
 def optimiser(student, lr=0.01):
