@@ -193,8 +193,8 @@ def _begun(
         ]
         raise FileExistsError(
             f'make_hypotheses.py would replace {out}, which was made '
-            f'otherwise ({", ".join(changed)} differ). Name another --out, or type '
-            f'--overwrite.'
+            f'otherwise ({", ".join(changed)} differ). Name another --out, or '
+            f'type --overwrite.'
         )
     return _empty(info, dataset)
 
