@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import rotation
 import taught_by
 import tiny
 import torch
@@ -118,11 +119,19 @@ PAPERS = {
 }
 
 
+#: Some with each commit, all with the slow tests; the contracts of terms visit
+#: every tiny config each time.
+MARKS = rotation.marks([one.path for one in PAPERS.values()], count=8)
+
+
 @pytest.fixture(
     scope='module',
     params=[
-        pytest.param(name, marks=pytest.mark.xdist_group(f'paper {name}'))
-        for name in PAPERS
+        pytest.param(
+            name,
+            marks=[pytest.mark.xdist_group(f'paper {name}'), *MARKS[one.path]],
+        )
+        for name, one in PAPERS.items()
     ],
 )
 def paper(request):
