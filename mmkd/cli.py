@@ -3,6 +3,7 @@
 ::
 
     mmkd train CONFIG [--work-dir DIR] [--resume [FILE]] [--amp] …
+    mmkd train STUDENT --teacher CONFIG [--teacher-checkpoint FILE] …
     mmkd test CONFIG CHECKPOINT [--out FILE] [--show-dir DIR] [--tta] …
 
 The arguments are those of mmdet's own ``tools/train.py`` and
@@ -26,6 +27,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 
 from mmkd.checks import suggest
 from mmkd.configs import read_config
+from mmkd.files import whole
 
 #: Exit status of a process that a signal ended: this plus its number.
 SIGNALLED = 128
@@ -175,7 +177,41 @@ def _add_train(verbs: Any) -> None:
         help='go on from a checkpoint; without a name from the latest in the '
         'work directory',
     )
+    _add_teaching(parser)
     _add_shared(parser)
+
+
+def _add_teaching(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        'distillation by one argument',
+        'CONFIG is then the plain config of the student. What is going to '
+        'happen is shown before it does.',
+    )
+    group.add_argument(
+        '--teacher', metavar='CONFIG', help='config of a detector that teaches'
+    )
+    group.add_argument(
+        '--teacher-checkpoint',
+        metavar='FILE',
+        help="the teacher's weights; by default those that are published for "
+        'its config',
+    )
+    group.add_argument(
+        '--method', help='name of a recipe; the default one for this pair'
+    )
+    group.add_argument(
+        '--share',
+        type=float,
+        help='weigh the method so that its gradient is this many times the '
+        "detection loss's; by default it has its published weights",
+    )
+    group.add_argument(
+        '--print-config',
+        nargs='?',
+        const='-',
+        metavar='FILE',
+        help='write the training as a config file, and do not begin it',
+    )
 
 
 def _add_test(verbs: Any) -> None:
@@ -214,8 +250,11 @@ def _train(options: argparse.Namespace) -> int:
     from mmkd.engine.preflight import check_training
 
     try:
+        planned = _planned(options)
+        if planned is not None and options.print_config:
+            return _write_config(planned, options)
         config = training_config(
-            options.config,
+            options.config if planned is None else planned.config,
             work_dir=options.work_dir,
             amp=options.amp,
             auto_scale_lr=options.auto_scale_lr,
@@ -234,6 +273,71 @@ def _train(options: argparse.Namespace) -> int:
         trainer.train()
     except Interrupted as stopped:
         return _say_how_to_go_on(options, stopped)
+    return 0
+
+
+#: Options that say something of ``--teacher``.
+_OF_TEACHER = ('teacher_checkpoint', 'method', 'share', 'print_config')
+#: What a plan adds to ``model``, so that it is set once it is there.
+_PLANNED = ('model.teachers.', 'model.terms.')
+
+
+def _planned(options: argparse.Namespace) -> Any:
+    """The plan that ``--teacher`` asks for, told; None without it."""
+    if options.teacher is None:
+        for name in _OF_TEACHER:
+            if getattr(options, name) is not None:
+                raise ValueError(
+                    f'--{name.replace("_", "-")} says how a teacher teaches, '
+                    f'but there is none. Name its config: --teacher '
+                    f'mmdet::folder/file.py'
+                )
+        return None
+    from mmkd.plan import DEFAULT, plan
+
+    given = {
+        key: value
+        for key, value in (options.cfg_options or {}).items()
+        if not key.startswith(_PLANNED)
+    }
+    student = read_config(options.config, 'mmkd train', given)
+    planned = plan(
+        student if given else options.config,
+        options.teacher,
+        options.teacher_checkpoint,
+        options.method or DEFAULT,
+        options.share,
+    )
+    config = planned.config
+    if config.get('work_dir') is None:
+        name = f'{Path(config.filename or "config").stem}_{planned.method}'
+        config.work_dir = os.path.join('work_dirs', name)
+    if options.print_config != '-' and _is_first_process():
+        print(planned, flush=True)
+    return planned
+
+
+def _write_config(planned: Any, options: argparse.Namespace) -> int:
+    path = None if options.print_config == '-' else Path(options.print_config)
+    text = planned.text(Path() if path is None else path.parent)
+    if options.cfg_options:  # no file to inherit from says them
+        config = planned.config
+        config.merge_from_dict(options.cfg_options)
+        text = config.pretty_text
+    if path is None:
+        print(text)
+        return 0
+    if path.exists():
+        raise ValueError(
+            f'--print-config would replace {path}, which is there already. '
+            f'Name another file.'
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as partial:
+        partial.write_text(text, encoding='utf-8')
+    print(
+        f'\nTrain it with:\n  python tools/train.py {shlex.quote(str(path))}'
+    )
     return 0
 
 

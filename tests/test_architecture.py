@@ -37,6 +37,7 @@ ORDER = (
     'datasets',
     'engine',
     'analysis',
+    'plan',
     'cli',
     'laboratory',
 )

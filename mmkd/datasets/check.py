@@ -89,7 +89,7 @@ def _check_one(config: Mapping, where: str, training: bool) -> Report:
         kind = DATASETS.get(kind)
     if not (isinstance(kind, type) and issubclass(kind, BaseDataset)):
         return Report()  # not ours to judge; building it will
-    report = Report(classes=_classes(kind, config))
+    report = Report(classes=named_classes(kind, config))
     root = str(config.get('data_root') or '')
     folders = config.get('data_prefix') or {}
     pictures = _join(
@@ -108,7 +108,12 @@ def _check_one(config: Mapping, where: str, training: bool) -> Report:
     return report
 
 
-def _classes(kind: type[BaseDataset], config: Mapping) -> tuple | None:
+def named_classes(kind: type[BaseDataset], config: Mapping) -> tuple | None:
+    """Class names that a dataset's config or its type says.
+
+    Raises:
+        ValueError: If a single class is written as a string.
+    """
     metainfo = config.get('metainfo') or {}
     classes = metainfo.get('classes', kind.METAINFO.get('classes'))
     if classes is None:

@@ -150,21 +150,37 @@ class Distilling:
             )
             for teacher in self.teachers.values():
                 teacher.check_heirlooms(self)
-            self.terms = nn.ModuleDict()
             self._pixels = Pixels.of(self, f'Student {type(self).__name__}')
-            for name, config in terms.items():
-                with _naming(name):
-                    term = build(config, 'the term')
-                    term.name = name
-                    term.bind(self, self.teachers)
-                self.terms[name] = term
-                if term.compares_classes():
-                    for teacher in term.teacher_names:
-                        _same_count(name, self, self.teachers[teacher])
-            self._check_pair()
+            self.take(terms)
         self.phases = Phases(phases)
         self.phases.check(self)
         self.teachers.mention_missing_files()
+
+    def take(self, terms: Mapping) -> Step | None:
+        """Build terms in place of those that were, and check them.
+
+        Args:
+            terms: Configs of the terms by name.
+
+        Returns:
+            The step that they were checked on, see :meth:`check_pair`.
+
+        Raises:
+            ValueError: If one does not fit student or teachers.
+        """
+        self.terms = nn.ModuleDict()
+        for teacher in self.teachers.values():
+            teacher.paths.clear()
+        for name, config in terms.items():
+            with _naming(name):
+                term = build(config, 'the term')
+                term.name = name
+                term.bind(self, self.teachers)
+            self.terms[name] = term
+            if term.compares_classes():
+                for teacher in term.teacher_names:
+                    _same_count(name, self, self.teachers[teacher])
+        return self.check_pair()
 
     def init_weights(self) -> None:
         """Initialise the student, load the teachers, inherit; terms begin."""
@@ -286,8 +302,16 @@ class Distilling:
             },
         )
 
-    def _check_pair(self) -> None:
-        """Show both sides one small image and let every term look at it."""
+    def check_pair(self) -> Step | None:
+        """Show both sides one small image and let every term look at it.
+
+        Returns:
+            That step, whose student and teachers are recorded; None, after a
+            warning, where a detector fails on such an image.
+
+        Raises:
+            ValueError: If levels, channels or sizes do not fit a term.
+        """
         images = torch.rand(1, 3, CHECK_SIZE, CHECK_SIZE)
         samples = [example_sample()]
         step, broken = self._dry_step(images, samples)
@@ -300,12 +324,13 @@ class Distilling:
                 logger='current',
                 level=logging.WARNING,
             )
-            return
+            return None
         for name, term in self.terms.items():
             with _naming(name), _modes_kept(term), torch.no_grad():
                 term.eval()
                 if term.checkable(step):
                     term(step)
+        return step
 
     def _dry_step(
         self, images: Tensor, samples: SampleList

@@ -1,0 +1,443 @@
+"""Plans: how one detector is to teach another, looked at before it is done.
+
+Two configs and the teacher's weights are enough: both detectors are looked at
+once, the method's terms are written for what they have in common, and what
+comes out is a config like any other, with a table that says what it does.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmdet.registry import DATASETS
+from mmengine.config import Config, ConfigDict
+from mmengine.hub import get_config
+from mmengine.registry import init_default_scope
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmkd.compat.checkpoint import check_file, classes_of, read_checkpoint
+from mmkd.configs import read_config, student_config
+from mmkd.datasets.check import named_classes
+from mmkd.distillers.distiller import CHECK_SIZE, example_sample
+from mmkd.randomness import preserved
+from mmkd.recipes import DEFAULT, RECIPES, Pair, inherits, look, recipe
+from mmkd.registry import MODELS
+from mmkd.structures import Step
+from mmkd.teachers import run_detector
+from mmkd.terms.feature import FeatureTerm
+from mmkd.terms.group import GroupTerm
+from mmkd.terms.term import Term
+
+#: The teacher's name in a plan's config.
+TEACHER = 'teacher'
+#: Characters of a line of what is written.
+LINE = 79
+HEADINGS = ('term', 'student', 'teacher', 'stride', 'channels', 'by', 'loss')
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training that was looked at and not begun.
+
+    Attributes:
+        config: The whole config.
+        source: What was typed for the student: a path or ``'mmdet::…'``.
+        method: The method's name.
+        rows: Of the table: term, tap of the student and of the teacher,
+            stride in input pixels, channels of both, adapter, loss.
+        notes: What else to know, in sentences.
+    """
+
+    config: Config = field(repr=False)
+    source: str
+    method: str
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        teacher = self.config.model.teachers[TEACHER]
+        return '\n'.join(
+            [
+                f'{self.source}',
+                f'  learns from {teacher.config} by {self.method!r}:',
+                '',
+                *_columns([HEADINGS, *self.rows]),
+                '',
+                *self.notes,
+            ]
+        )
+
+    def text(self, folder: Path) -> str:
+        """The same training as a config file, to edit and to commit.
+
+        Args:
+            folder: Where it is going to stand.
+        """
+        base = self.source
+        if '::' not in base:
+            base = Path(os.path.relpath(base, folder)).as_posix()
+        added = ('type', 'student', 'teachers', 'terms')
+        model = self.config.model.to_dict()
+        model = {key: self.config.model.to_dict()[key] for key in added}
+        return (
+            f'"""{self.method}, written by mmkd for this pair."""\n\n'
+            f'_base_ = {base!r}\n\nmodel = {written(model)}\n'
+        )
+
+
+def written(value: Any, indent: str = '', used: int = 8) -> str:
+    """A value of a config as it is typed, in lines of 79 characters.
+
+    Args:
+        value: A dict, list, tuple, or anything by its ``repr``.
+        indent: Before each line after the first.
+        used: Characters of the first line that stand before and after.
+
+    Example:
+        >>> print(written(dict(type='GFL', neck=dict(levels=(0, 1)))))
+        dict(type='GFL', neck=dict(levels=(0, 1)))
+    """
+    flat = _flat(value)
+    nested = isinstance(value, (dict, list, tuple)) and value
+    if not nested or len(indent) + used + len(flat) <= LINE:
+        return flat
+    deeper = f'{indent}    '
+    if isinstance(value, dict):
+        names = [f'{key}=' for key in value]
+        lines, (opened, closed) = value.values(), ('dict(', ')')
+    else:
+        names, lines = [''] * len(value), value
+        opened, closed = '[]' if isinstance(value, list) else '()'
+    return '\n'.join(
+        [
+            opened,
+            *(
+                f'{deeper}{name}{written(one, deeper, len(name) + 1)},'
+                for name, one in zip(names, lines)
+            ),
+            f'{indent}{closed}',
+        ]
+    )
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        inside = ', '.join(f'{key}={_flat(one)}' for key, one in value.items())
+        return f'dict({inside})'
+    if isinstance(value, list):
+        return f'[{", ".join(map(_flat, value))}]'
+    if isinstance(value, tuple):
+        more = ',' if len(value) == 1 else ''
+        return f'({", ".join(map(_flat, value))}{more})'
+    return repr(value)
+
+
+def plan(
+    student: str | Path | Config,
+    teacher: str | Path,
+    checkpoint: str | Path | None = None,
+    method: str = DEFAULT,
+    share: float | None = None,
+) -> Plan:
+    """Look at two detectors and write the config by which one teaches.
+
+    Args:
+        student: Its plain config: a path, ``'mmdet::…'``, or one that was
+            read.
+        teacher: The teacher's config, likewise.
+        checkpoint: The teacher's weights; those that its package names for
+            the config if None.
+        method: A key of :data:`mmkd.recipes.RECIPES`.
+        share: Weigh the method by its gradient, see
+            :func:`mmkd.recipes.recipe`.
+
+    Raises:
+        FileNotFoundError: If there is no such config or checkpoint.
+        ValueError: If the student's config has teachers already, or the
+            method does not fit the pair; the message names those that do.
+    """
+    init_default_scope('mmdet')
+    source = _source(student)
+    student = read_config(student, 'The student')
+    if student_config(student.model) != student.model:
+        raise ValueError(
+            f"{source} has teachers of its own. Name the student's plain "
+            f'config beside --teacher, or train this one without.'
+        )
+    teacher_config = read_config(teacher, 'The teacher')
+    checkpoint = str(checkpoint or published_weights(teacher))
+    pair = look(student, teacher_config, TEACHER)
+    differ = _differing_classes(student, checkpoint)
+    if differ:
+        pair = _without_classes(pair)
+    settings = dict(config=str(teacher), checkpoint=checkpoint)
+    if inherits(method):
+        settings['inherit'] = True
+    with preserved():
+        try:
+            terms = recipe(method, pair, share)
+            config = _distilling(student, settings, terms)
+            # Detectors write into the config that they are built from.
+            model = MODELS.build(copy.deepcopy(config.model))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                _refusal(student, settings, pair, method, error, differ)
+            ) from error
+        rows = [
+            row
+            for name, term in terms.items()
+            for row in _rows(name, model, term)
+        ]
+        notes = [*differ, *_notes(model, terms)]
+    return Plan(config, source, method, tuple(rows), tuple(notes))
+
+
+def fitting(
+    student: Config, teacher: Mapping, pair: Pair
+) -> dict[str, str | None]:
+    """Which methods fit a pair, and why the others do not.
+
+    Every method's terms are built and shown one small image.
+
+    Args:
+        student: The student's plain config.
+        teacher: Arguments of the teacher.
+        pair: What the two have in common.
+
+    Returns:
+        By the name of each method, None or what its error says.
+    """
+    found: dict[str, str | None] = {}
+    plain = dict(teacher, inherit=False)
+    with preserved():
+        model = MODELS.build(
+            _distilling(student, plain, recipe('mimic', pair)).model
+        )
+        for method in RECIPES:
+            model.teachers[TEACHER].inherit = inherits(method)
+            try:
+                model.teachers[TEACHER].check_heirlooms(model)
+                model.take(recipe(method, pair))
+            except (ValueError, RuntimeError) as error:
+                found[method] = str(error)
+            else:
+                found[method] = None
+    return found
+
+
+def published_weights(config: str | Path) -> str:
+    """Where the weights of a packaged config are, as its package says.
+
+    Args:
+        config: ``'mmdet::folder/file.py'``.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    try:
+        if '::' not in str(config):
+            raise ValueError
+        return get_config(str(config), pretrained=True).model_path
+    except (ValueError, AttributeError, AssertionError) as error:
+        raise FileNotFoundError(
+            f'The teacher {str(config)!r} needs trained weights, and none '
+            f'are published for this config. Name them: '
+            f'--teacher-checkpoint FILE.pth'
+        ) from error
+
+
+def _source(config: str | Path | Config) -> str:
+    return str(config.filename if isinstance(config, Config) else config)
+
+
+def _distilling(student: Config, teacher: Mapping, terms: Mapping) -> Config:
+    config = student.copy()
+    config.model = ConfigDict(
+        copy.deepcopy(student.model),
+        type='mmkd.Distiller',
+        student=student.model.type,
+        teachers={TEACHER: dict(teacher)},
+        terms=dict(terms),
+    )
+    return config
+
+
+# ------------------------------------------------------------- their classes
+
+
+def _differing_classes(student: Config, checkpoint: str) -> list[str]:
+    """A sentence, if teacher and data set name other classes."""
+    if '://' in checkpoint:  # told when it is loaded
+        return []
+    check_file(checkpoint, 'The teacher')
+    theirs = classes_of(read_checkpoint(checkpoint))
+    ours = _classes_of_data(student)
+    if not theirs or not ours or theirs == ours:
+        return []
+    return [
+        f'The teacher tells apart {len(theirs)} classes, {_some(theirs)}, '
+        f'the data {len(ours)}, {_some(ours)}: only methods on features '
+        f'apply.'
+    ]
+
+
+def _classes_of_data(config: Config) -> tuple[str, ...] | None:
+    dataset = (config.get('train_dataloader') or {}).get('dataset') or {}
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    kind = DATASETS.get(dataset.get('type', ''))
+    return None if kind is None else named_classes(kind, dataset)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = ', …' if len(names) > 3 else ''
+    return f'({", ".join(names[:3])}{more})'
+
+
+def _without_classes(pair: Pair) -> Pair:
+    levels = tuple(replace(one, scores=False) for one in pair.levels)
+    return replace(pair, levels=levels, heads=None)
+
+
+def _refusal(
+    student: Config,
+    teacher: Mapping,
+    pair: Pair,
+    method: str,
+    error: Exception,
+    differ: list[str],
+) -> str:
+    fits = [
+        name
+        for name, why in fitting(student, teacher, pair).items()
+        if why is None and name != method
+    ]
+    return ' '.join(
+        [
+            f'The method {method!r} does not fit this pair: {error}',
+            *differ,
+            f'These do: --method {", ".join(fits)}.',
+        ]
+    )
+
+
+# ----------------------------------------------------------------- the table
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        '  '.join(
+            cell.ljust(width) for cell, width in zip(row, widths)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _rows(
+    name: str, model: nn.Module, config: Mapping
+) -> list[tuple[str, ...]]:
+    """What a term compares, level by level."""
+    step = model.take({name: config})
+    theirs = ', '.join(model.teachers[TEACHER].paths)
+    return list(_rows_of(name, model.terms[name], step, theirs))
+
+
+def _rows_of(
+    name: str, term: Term, step: Step | None, theirs: str, share: str = ''
+) -> Iterator[tuple[str, ...]]:
+    if isinstance(term, GroupTerm):
+        for part, child in term.terms.items():
+            given = getattr(term, 'share', {}).get(part)
+            more = '' if given is None else f', share {given:g}'
+            yield from _rows_of(f'{name}.{part}', child, step, theirs, more)
+        return
+    loss = term.losses[0] if isinstance(term, FeatureTerm) else term
+    weight = getattr(loss, 'loss_weight', None)
+    said = type(loss).__name__ + share
+    if weight is not None and not share:
+        said += f', weight {weight:g}'
+    align = getattr(term, 'align', None)
+    adapter = '-' if align is None else type(align).__name__
+    own = ', '.join(term.student_paths)
+    if step is None or not isinstance(term, FeatureTerm):
+        yield name, own, theirs, '', '', adapter, said
+        return
+    pairs = list(zip(*term.maps(step)))
+    levels, others = (
+        range(len(pairs)) if one is None else one
+        for one in (term.levels, term.teacher_levels)
+    )
+    for number, (one, other) in enumerate(pairs):
+        first = number == 0
+        yield (
+            name if first else '',
+            f'{", ".join(term.taps)}[{levels[number]}]',
+            f'{", ".join(term.teacher_taps)}[{others[number]}]',
+            str(round(CHECK_SIZE / one.shape[-1])),
+            f'{one.shape[1]} of {other.shape[1]}',
+            adapter if first else '',
+            said if first else '',
+        )
+
+
+def _notes(model: nn.Module, terms: Mapping) -> list[str]:
+    """What the whole costs, as far as arithmetic says."""
+    step = model.take(terms)
+    teacher = model.teachers[TEACHER]
+    own = _size(model) - _size(model.terms)
+    notes = []
+    if _size(teacher.detector) <= own:
+        notes.append(
+            f'Warning: the teacher has {_size(teacher.detector) / 1e6:.1f} M '
+            f'weights, the student {own / 1e6:.1f} M. A teacher should be '
+            f'the larger one, or the better trained.'
+        )
+    added = _size(model.terms)
+    notes.append(
+        f'Terms add {added / 1e6:.2f} M weights that learn and are not '
+        f'deployed.'
+        if added
+        else 'Terms add no weights.'
+    )
+    if step is None:
+        return notes
+    images, samples = step.images, [example_sample()]
+    with torch.no_grad():
+        student = _work(lambda: run_detector(model, images, samples))
+        shown = _work(lambda: teacher.run(images, samples, model._pixels))
+        compared = _work(
+            lambda: [
+                term(step)
+                for term in model.terms.values()
+                if term.checkable(step)
+            ]
+        )
+    ratio = (3 * (student + compared) + shown) / (3 * student)
+    notes.append(
+        f'The teacher runs as far as {", ".join(teacher.paths)}: '
+        f'{shown / 1e9:.2f} billion '
+        f"multiply-accumulates beside the student's {student / 1e9:.2f} "
+        f'(forward, {CHECK_SIZE} x {CHECK_SIZE} pixels), the terms '
+        f'{compared / 1e9:.2f}. By this count a step is {ratio:.2f} times '
+        f"as long as the student's alone."
+    )
+    return notes
+
+
+def _size(module: nn.Module) -> int:
+    return sum(one.numel() for one in module.parameters())
+
+
+def _work(run) -> int:
+    """Multiply-accumulates of matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2

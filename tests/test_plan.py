@@ -1,0 +1,379 @@
+"""One argument: a detector is named, and teaches."""
+
+import re
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmkd.cli import main
+from mmkd.configs import read_config, student_config
+from mmkd.plan import fitting, plan, published_weights, written
+from mmkd.recipes import RECIPES, look, recipe
+from mmkd.registry import DETECTORS, MODELS
+
+quick_starts = runs.quick_starts
+WIDE = dict(base=16)
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    init_default_scope('mmdet')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')
+    runs.write_coco(folder)
+    return folder
+
+
+@pytest.fixture
+def files(data, tmp_path):
+    """Writes student, teacher and weights as files; returns their paths."""
+
+    def files(student=None, teacher=None, meta=None, **settings):
+        student = student or tiny.retinanet()
+        teacher = teacher or tiny.retinanet(**WIDE)
+        paths = [tmp_path / f'{name}.py' for name in ('student', 'teacher')]
+        config = runs.config(
+            data, tmp_path / 'run', epochs=1, model=student, **settings
+        )
+        config.dump(paths[0])
+        Config(dict(model=teacher)).dump(paths[1])
+        weights = tmp_path / 'teacher.pth'
+        init_default_scope('mmdet')
+        tiny.save_teacher(teacher, weights, meta=meta)
+        return [str(one) for one in (*paths, weights)]
+
+    return files
+
+
+# The plan --------------------------------------------------------------------
+
+
+def test_the_plan_says_what_is_compared_with_what(files):
+    found = plan(*files(tiny.faster_rcnn(channels=8)), 'mimic')
+    # Faster R-CNN has strides 4 to 64, RetinaNet 8 to 128.
+    assert found.rows == (
+        (
+            'mimic',
+            'neck[1]',
+            'neck[0]',
+            '8',
+            '8 of 16',
+            'ConvAdapt',
+            'MimicLoss, weight 2',
+        ),
+        ('', 'neck[2]', 'neck[1]', '16', '8 of 16', '', ''),
+        ('', 'neck[3]', 'neck[2]', '32', '8 of 16', '', ''),
+        ('', 'neck[4]', 'neck[3]', '64', '8 of 16', '', ''),
+    )
+    # Four convolutions of 1 x 1 from 8 to 16 channels, with bias.
+    assert 4 * (8 * 16 + 16) == 576
+    assert 'Terms add 0.00 M weights' in str(found)
+    assert found.config.model.student == 'FasterRCNN'
+
+
+def test_a_default_weighs_its_terms_by_their_gradients(files):
+    found = plan(*files())
+    assert [row[0] for row in found.rows if row[0]] == [
+        'default.pkd',
+        'default.cwd_scores',
+    ]
+    assert [row[-1] for row in found.rows if row[-1]] == [
+        'PKDLoss, share 1',
+        'CWDLoss, share 0.5',
+    ]
+
+
+def test_the_config_is_the_student_s_and_three_keys_more(files):
+    student, teacher, weights = files()
+    found = plan(student, teacher, weights, 'pkd')
+    plain = read_config(student)
+    assert student_config(found.config.model) == plain.model
+    assert found.config.model.teachers == dict(
+        teacher=dict(config=teacher, checkpoint=weights)
+    )
+    pair = look(plain, read_config(teacher))
+    assert found.config.model.terms == recipe('pkd', pair)
+    for key in set(plain) - {'model'}:
+        assert found.config[key] == plain[key]
+
+
+def test_arithmetic_is_counted_by_hand_for_a_convolution():
+    from mmkd.plan import _work
+
+    layer = torch.nn.Conv2d(3, 5, 3, padding=1, bias=False)
+    # Each of 8 x 8 cells of 5 channels sums 3 channels of 3 x 3.
+    assert _work(lambda: layer(torch.zeros(1, 3, 8, 8))) == 64 * 5 * 27
+
+
+def test_a_step_takes_as_long_as_its_arithmetic(files):
+    """Three units of the student's own forward pass, one of the teacher's."""
+    same = plan(*files(teacher=tiny.retinanet()), 'pkd')
+    (note,) = [one for one in same.notes if 'a step is' in one]
+    # The teacher stops behind the neck, the student's head runs besides.
+    ratio = float(re.search(r'a step is ([\d.]+) times', note)[1])
+    assert 1 < ratio < 4 / 3
+
+
+def test_planning_leaves_the_random_state_alone(files):
+    paths = files()
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    plan(*paths, 'mgd')
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# What fits -------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def fits():
+    init_default_scope('mmdet')
+    student = Config(dict(model=tiny.faster_rcnn()))
+    teacher = dict(config=dict(model=tiny.retinanet(**WIDE)))
+    pair = look(student, Config(teacher['config']), 'teacher')
+    return fitting(student, teacher, pair)
+
+
+def test_every_method_is_tried(fits):
+    assert list(fits) == list(RECIPES)
+
+
+@pytest.mark.parametrize('method', ['cwd_scores', 'ld', 'crosskd', 'inherit'])
+def test_what_does_not_fit_says_why(fits, method):
+    """A two-stage student has no dense head, and the necks differ."""
+    assert fits[method]
+
+
+def test_methods_on_features_fit_unlike_heads(fits):
+    on_features = {'mimic', 'at', 'cwd', 'pkd', 'fgd', 'mgd', 'rkd', 'default'}
+    assert not [name for name in on_features if fits[name]]
+
+
+def test_what_fits_can_be_built(fits, tmp_path):
+    student, teacher = tiny.faster_rcnn(), tiny.retinanet(**WIDE)
+    pair = look(dict(model=student), dict(model=teacher), 'teacher')
+    for name in ('fgd', 'icd', 'reviewkd'):
+        assert fits[name] is None
+        one = dict(teacher=dict(config=dict(model=teacher)))
+        MODELS.build(tiny.distilled(student, one, recipe(name, pair)))
+
+
+def test_a_method_that_does_not_fit_names_those_that_do(files):
+    with pytest.raises(ValueError, match="'ld' does not fit") as caught:
+        plan(*files(), 'ld')
+    assert 'reg_max' in str(caught.value)
+    named = re.search(r'--method (.*)\.$', str(caught.value))[1].split(', ')
+    assert {'pkd', 'cwd_scores', 'crosskd'} <= set(named)
+    assert 'ld' not in named
+    plan(*files(), named[-2])
+
+
+def test_an_unknown_method_gets_the_nearest_name(files):
+    with pytest.raises(ValueError, match='pkd'):
+        plan(*files(), 'pdk')
+
+
+# Classes ---------------------------------------------------------------------
+
+
+def test_classes_of_other_names_leave_features(files):
+    """As many classes, in another order: shapes alone would not tell."""
+    paths = files(meta=dict(dataset_meta=dict(classes=('bar', 'disc', 'x'))))
+    found = plan(*paths)
+    assert [row[0] for row in found.rows if row[0]] == ['default.pkd']
+    assert 'only methods on features apply' in str(found)
+    with pytest.raises(ValueError, match='only methods on features'):
+        plan(*paths, 'cwd_scores')
+
+
+def test_the_same_classes_are_compared(files):
+    paths = files(meta=dict(dataset_meta=dict(classes=runs.NAMES)))
+    assert len([row for row in plan(*paths).rows if row[0]]) == 2
+
+
+# Bad input -------------------------------------------------------------------
+
+
+def test_a_smaller_teacher_is_a_warning(files):
+    paths = files(student=tiny.retinanet(**WIDE), teacher=tiny.retinanet())
+    assert 'Warning: the teacher has' in str(plan(*paths, 'pkd'))
+    assert 'Warning' not in str(plan(*files(), 'pkd'))
+
+
+def test_a_student_with_teachers_is_refused(files, tmp_path):
+    student, teacher, weights = files()
+    taught = tmp_path / 'taught.py'
+    taught.write_text(plan(student, teacher, weights).text(tmp_path))
+    with pytest.raises(ValueError, match='teachers of its own'):
+        plan(taught, teacher, weights)
+
+
+def test_weights_that_nobody_published_have_to_be_named(files):
+    student, teacher, _ = files()
+    with pytest.raises(FileNotFoundError, match='--teacher-checkpoint'):
+        plan(student, teacher)
+
+
+def test_published_weights_are_those_of_the_package():
+    config = 'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py'
+    address = published_weights(config)
+    assert re.match(r'https://.*/retinanet_r101_fpn_1x_coco_\w+-\w+', address)
+
+
+def test_a_teacher_that_is_not_there_is_named_at_once(files):
+    student, _, weights = files()
+    with pytest.raises(FileNotFoundError, match='The teacher has no config'):
+        plan(student, 'techer.py', weights)
+    with pytest.raises(FileNotFoundError, match=r'nowhere\.pth'):
+        plan(*files()[:2], 'nowhere.pth')
+
+
+# A detector that nobody has seen ---------------------------------------------
+
+
+def test_a_detector_of_the_user_s_own_learns(files):
+    from mmdet.models import FPN, RetinaHead, RetinaNet
+
+    class Tower(RetinaHead):
+        pass
+
+    class Pyramid(FPN):
+        pass
+
+    class Own(RetinaNet):
+        pass
+
+    kinds = (Tower, Pyramid, Own)
+    for kind in kinds:
+        DETECTORS.register_module(module=kind)
+    try:
+        model = tiny.retinanet()
+        model.type = 'Own'
+        model.neck.type, model.bbox_head.type = 'Pyramid', 'Tower'
+        found = plan(*files(student=model))
+        assert len([row for row in found.rows if row[0]]) == 2
+    finally:
+        for kind in kinds:
+            del DETECTORS._module_dict[kind.__name__]
+
+
+# The file --------------------------------------------------------------------
+
+
+def test_what_is_written_reads_as_the_plan(files, tmp_path):
+    found = plan(*files(tiny.faster_rcnn()), 'fgd')
+    path = tmp_path / 'deeper' / 'written.py'
+    path.parent.mkdir()
+    path.write_text(found.text(path.parent))
+    assert read_config(path).model == found.config.model
+    assert max(map(len, path.read_text().splitlines())) < 200
+    assert "_base_ = '../student.py'" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        {},
+        (),
+        (1,),
+        dict(a=[], b=(2,), c=None, d='x' * 90),
+        dict(a=[dict(b=list(range(40))), 'y' * 60], c=tuple('z' * 50)),
+    ],
+)
+def test_a_value_is_written_as_it_is_typed(value):
+    assert eval(written(value)) == value
+
+
+@pytest.mark.usefixtures('quick_starts')
+def test_a_run_by_one_argument_is_that_of_its_file(files, tmp_path, capsys):
+    student, *teacher = files()
+    named = ['--teacher', teacher[0], '--teacher-checkpoint', teacher[1]]
+    own = tmp_path / 'own.py'
+    word = ['--method', 'pkd']
+    assert not main(
+        ['train', student, *named, *word, '--print-config', str(own)]
+    )
+    assert not main(
+        ['train', student, *named, *word, '--work-dir', str(tmp_path / 'a')]
+    )
+    assert 'PKDLoss, weight 10' in capsys.readouterr().out
+    assert not main(['train', str(own), '--work-dir', str(tmp_path / 'b')])
+    one, other = (
+        torch.load(tmp_path / name / 'epoch_1.pth', weights_only=False)
+        for name in 'ab'
+    )
+    assert one['state_dict'].keys() == other['state_dict'].keys()
+    for key, value in one['state_dict'].items():
+        assert torch.equal(value, other['state_dict'][key]), key
+
+
+# The command -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'word',
+    [
+        ['--method', 'pkd'],
+        ['--share', '1'],
+        ['--teacher-checkpoint', 'a.pth'],
+        ['--print-config'],
+    ],
+    ids=lambda word: word[0],
+)
+def test_words_on_a_teacher_want_one(files, word, capsys):
+    assert main(['train', files()[0], *word]) == 1
+    assert f'{word[0]} says how a teacher teaches' in capsys.readouterr().err
+
+
+def test_a_written_config_replaces_none(files, tmp_path, capsys):
+    student, teacher, weights = files()
+    own = tmp_path / 'own.py'
+    command = ['train', student, '--teacher', teacher]
+    command += ['--teacher-checkpoint', weights, '--print-config', str(own)]
+    assert main(command) == 0
+    before = own.read_text()
+    assert main(command) == 1
+    assert 'Name another file' in capsys.readouterr().err
+    assert own.read_text() == before
+
+
+def test_options_are_known_to_the_plan_and_to_its_file(files, capsys):
+    """One class more: the heads' scores have other shapes then."""
+    student, teacher, weights = files()
+    command = ['train', student, '--teacher', teacher]
+    command += ['--teacher-checkpoint', weights, '--print-config']
+    option = 'model.bbox_head.num_classes=5'
+    later = 'model.teachers.teacher.cache=1.5'
+    assert main([*command, '--cfg-options', option, later]) == 0
+    printed = capsys.readouterr().out
+    path = Path(student).with_name('printed.py')
+    path.write_text(printed)
+    model = read_config(path).model
+    assert list(model.terms.default.terms) == ['pkd']
+    assert model.bbox_head.num_classes == 5
+    assert model.teachers.teacher.cache == 1.5
+
+
+def test_a_run_has_a_folder_of_its_own(files, monkeypatch, tmp_path):
+    from mmkd import cli
+
+    student, teacher, weights = files()
+    text = Path(student).read_text()
+    Path(student).write_text(re.sub(r'\nwork_dir.*', '', text))
+    seen = []
+    monkeypatch.setattr(
+        'mmkd.engine.preflight.check_training',
+        lambda config, data: seen.append(config.work_dir) or 1 / 0,
+    )
+    with pytest.raises(ZeroDivisionError):
+        words = ['--teacher-checkpoint', weights, '--method', 'pkd']
+        cli.main(['train', student, '--teacher', teacher, *words])
+    assert seen == ['work_dirs/student_pkd']
