@@ -22,7 +22,10 @@ from mmkd.laboratory.catalogue import tiny_configs
 
 ROOT = Path(__file__).parents[1]
 BASES = ROOT / 'configs' / '_base_' / 'tiny'
-PATHS = tiny_configs(ROOT)
+#: Those that have terms.
+PATHS = [
+    path for path in tiny_configs(ROOT) if 'mmkd.Distiller' in path.read_text()
+]
 
 weights = taught_by.weights
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import runs
 import tiny
-from mmdet.registry import MODELS
+from mmdet.registry import DATASETS, MODELS
 from mmengine.registry import init_default_scope
 from rotation import TODAY
 
@@ -27,6 +27,7 @@ from mmkd.configs import (
 )
 from mmkd.datasets.shapes import TINY, prepare_shapes
 from mmkd.laboratory.catalogue import Trial, sample, shares, tiny_configs
+from mmkd.laboratory.preparation import preparations
 from mmkd.registry import MODELS as OURS
 
 ROOT = Path(__file__).parents[1]
@@ -131,20 +132,28 @@ def test_every_loss_term_and_weight_is_in_a_tiny_config():
 @EVERY
 def test_is_its_base_with_teachers_and_terms(path):
     config, base = config_of(path), read_config(base_of(path))
-    assert config.model.type == 'mmkd.Distiller'
+    prepared = preparations(config, path.name)
     plain = student_config(config.model).to_dict()
     assert plain == base.model.to_dict()
-    added = set(config.model) - set(base.model)
-    assert added - set(OPTIONAL_KEYS) == set(OWN_KEYS)
+    if not prepared or 'terms' in config.model:
+        assert config.model.type == 'mmkd.Distiller'
+        added = set(config.model) - set(base.model)
+        assert added - set(OPTIONAL_KEYS) == set(OWN_KEYS)
     known = [
         read_config(one).teacher.to_dict()
         for one in (ROOT / 'configs' / '_base_' / 'tiny').glob('*.py')
         if 'teacher = dict' in one.read_text()
     ]
-    for teacher in config.model.teachers.to_dict().values():
+    for teacher in config.model.get('teachers', {}).values():
+        teacher = teacher.to_dict()
         teacher.pop('inherit', None)
         assert teacher in known
-    for key in set(base) - {'model', 'optim_wrapper'}:
+    for one in prepared:
+        assert dict(config=one.config, checkpoint=one.checkpoint) in known
+    free = {'model', 'optim_wrapper'}
+    if prepared:  # the student learns of what was said
+        free.add('train_dataloader')
+    for key in set(base) - free:
         assert config[key] == base[key], key
 
 
@@ -167,7 +176,8 @@ def test_reads_the_checkpoint_that_its_teacher_ends_with(path):
 @EVERY
 def test_builds(path):
     model = MODELS.build(config_of(path).model)
-    assert list(model.terms) == list(config_of(path).model.terms)
+    terms = config_of(path).model.get('terms', {})
+    assert list(getattr(model, 'terms', ())) == list(terms)
 
 
 # Two of them learn -----------------------------------------------------------
@@ -176,9 +186,35 @@ def test_builds(path):
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp('shapes') / 'tiny'
-    counts = {'train': 16, 'val': 0, 'test': 0}
+    counts = {'train': 16, 'val': 0, 'test': 1}
     prepare_shapes(folder, size=TINY['size'], counts=counts, say=len)
     return folder
+
+
+@pytest.fixture
+def root(pictures, tmp_path, monkeypatch):
+    """A repository of the same configs with these pictures."""
+    for name in ('configs', 'tools'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / 'data').mkdir()
+    (tmp_path / TINY['out']).symlink_to(pictures)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def few_steps(path: Path, root: Path):
+    """A config's training, begun by hardly trained teachers."""
+    path = root / path.relative_to(ROOT)
+    for teacher in Trial(path, Path('work_dirs/tiny'), [0]).teachers():
+        teacher.final.parent.mkdir(parents=True)
+        tiny.save_teacher(read_config(teacher.config).model, teacher.final)
+    config = read_config(path)
+    for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
+        config[key] = None
+    config.train_cfg.max_iters = STEPS
+    config.default_hooks.logger.interval = 1
+    config.work_dir, config.experiment_name = str(root / 'run'), path.stem
+    return config
 
 
 @pytest.mark.parametrize(
@@ -186,21 +222,13 @@ def pictures(tmp_path_factory):
     sample(PATHS, TODAY),
     ids=lambda path: f'{path.stem}-of-{TODAY}',
 )
-def test_one_of_this_commit_learns_for_a_few_steps(path, pictures, tmp_path):
-    config = read_config(path)
-    for name, teacher in config.model.teachers.items():
-        if not Path(teacher.checkpoint).is_file():
-            weights = tmp_path / f'{name}.pth'
-            tiny.save_teacher(read_config(teacher.config).model, weights)
-            teacher.checkpoint = str(weights)
-    config.train_dataloader.dataset.data_root = str(pictures)
-    for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
-        config[key] = None
-    config.train_cfg.max_iters = STEPS
-    config.default_hooks.logger.interval = 1
-    config.work_dir, config.experiment_name = str(tmp_path), path.stem
+def test_one_of_this_commit_learns_for_a_few_steps(path, root):
+    config = few_steps(path, root)
+    for one in preparations(config, path.name):
+        one.carry_out()
     log = runs.train(config)['log']
-    for name in shares(config.model.terms):
+    assert all(math.isfinite(value) for value in log['train/loss'][0])
+    for name in shares(config.model.get('terms', {})):
         keys = [
             key
             for key in log
@@ -215,3 +243,21 @@ def test_one_of_this_commit_learns_for_a_few_steps(path, pictures, tmp_path):
         assert sum(len(one) for one in values) >= STEPS
         assert all(math.isfinite(value) for one in values for value in one)
         assert max(max(one) for one in values) > 0
+
+
+# What a teacher has said before ----------------------------------------------
+
+PREPARED = [path for path in PATHS if '\nprepare = ' in path.read_text()]
+
+
+@pytest.mark.parametrize('path', PREPARED, ids=lambda path: path.stem)
+def test_learns_of_what_its_commands_write_and_of_nothing_else(path, root):
+    config = few_steps(path, root)
+    (one, *others) = preparations(config, path.name)
+    for each in (one, *others):
+        each.carry_out()
+    log = runs.train(config)['log']
+    assert all(math.isfinite(value) for value in log['train/loss'][0])
+    one.out.rename('elsewhere')
+    with pytest.raises(FileNotFoundError):
+        DATASETS.build(config.train_dataloader.dataset)[0]

@@ -38,7 +38,7 @@ import mmkd  # noqa: F401
 from mmkd.build import build
 from mmkd.checks import check_name
 from mmkd.configs import read_config
-from mmkd.registry import MODELS, SCHEDULES
+from mmkd.registry import DATASETS, MODELS, SCHEDULES, TRANSFORMS
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = Path('docs') / 'method_cards.md'
@@ -86,6 +86,13 @@ KINDS = (
         "In a detector: `backbone=dict(type='mmkd.…')`.",
     ),
     ('Detectors', 'mmkd.detectors', 'Students that deploy more than one.'),
+    (
+        'Data',
+        'mmkd.datasets',
+        'What comes with the pictures. In a config: '
+        "`train_dataloader=dict(dataset=dict(type='mmkd.…'))`, or in a "
+        'pipeline.',
+    ),
 )
 
 #: What a section is called on a card.
@@ -125,7 +132,7 @@ FAMILIES = {
     ),
     'procedure': (
         'what other methods compare: new is what is trained when, or on what',
-        *('backward-pass', 'bss', 'p2p', 'sskd'),
+        *('backward-pass', 'bss', 'mhd', 'p2p', 'sskd'),
     ),
     'group': (
         'nothing itself; it weighs other terms, or chooses their teachers',
@@ -148,6 +155,7 @@ TOLD_BY = {
     'lgd': 'LabelGuidedTerm',
     'makd': 'MultiAspectTerm',
     'mask-kd': 'MaskTerm',
+    'mhd': 'HypothesisDataset',
     'mhkd': 'MultiHeadTerm',
     'mlkd-bert': 'MLKDBertLayersTerm',
     'mmkd-meta': 'MetaTeachersTerm',
@@ -412,10 +420,16 @@ def _functions(module: ModuleType) -> list[Any]:
 
 
 def _registered(module: ModuleType) -> list[type]:
-    entries = [*MODELS.module_dict.values(), *SCHEDULES.module_dict.values()]
+    entries = [
+        one
+        for registry in (MODELS, SCHEDULES, DATASETS, TRANSFORMS)
+        for one in registry.module_dict.values()
+    ]
     return list(
         dict.fromkeys(
-            one for one in entries if one.__module__ == module.__name__
+            one
+            for one in entries
+            if one.__module__ == module.__name__ and inspect.isclass(one)
         )
     )
 
@@ -856,15 +870,12 @@ def own_layers(path: Path) -> tuple[str, int]:
         The convolutions in words, and the number of weights.
     """
     model = read_config(path).model
-    if LATE & {
-        str(one.type).removeprefix('mmkd.') for one in model.terms.values()
-    }:
+    terms = model.get('terms', {})
+    if LATE & {str(one.type).removeprefix('mmkd.') for one in terms.values()}:
         init_default_scope('mmdet')
         modules = [DETECTORS.build(model).terms]
     else:
-        modules = [
-            build(one, f'terms.{name}') for name, one in model.terms.items()
-        ]
+        modules = [build(one, f'terms.{name}') for name, one in terms.items()]
     kernels = Counter(
         f'{layer.kernel_size[0]}×{layer.kernel_size[1]}'
         for module in modules

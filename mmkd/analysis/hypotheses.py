@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('config', help="the teacher's config")
     parser.add_argument(
-        'checkpoint', nargs='+', help='its weights; several for checkpoints'
+        'checkpoint',
+        nargs='+',
+        help='its weights, a file or an address; several for checkpoints',
     )
     parser.add_argument('--out', required=True, help='the JSON file')
     parser.add_argument(
@@ -100,7 +102,8 @@ def make(options: argparse.Namespace) -> None:
             f'and one alone with any other generator.'
         )
     for file in several:
-        check_file(file, 'make_hypotheses.py')
+        if '://' not in file:
+            check_file(file, 'make_hypotheses.py')
     init_default_scope('mmdet')
     config = read_config(options.config, 'make_hypotheses.py')
     dataset = _images(config, options)

@@ -3,7 +3,8 @@
 A tiny config teaches a detector of a few thousand weights on generated
 pictures, so that each method of the catalogue is seen to learn in seconds. The
 command draws the pictures, trains the teachers and every config for several
-seeds, and writes one page.
+seeds, and writes one page. Between the two it runs what a config asks of a
+teacher before the training, under ``prepare``.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from mmkd.build import find
 from mmkd.checks import check_name
 from mmkd.configs import read_config
 from mmkd.datasets.shapes import TINY, prepare_shapes
 from mmkd.laboratory.compare import sole_user
 from mmkd.laboratory.digests import code_digest, data_digest, file_digest
+from mmkd.laboratory.preparation import preparations
 from mmkd.laboratory.results import versions
 from mmkd.laboratory.runs import DONE, Run, carry_out
 
@@ -36,6 +39,8 @@ SECONDS = 60.0
 TIMEOUT = 15.0
 #: Keys of the log that are a term's share of the loss.
 SHARE = 'loss_kd_'
+#: What is looked at where a config distils by other data alone.
+WHOLE = 'loss'
 
 NOT_RUN, PASSED, FAILED = 'not run', 'passed', 'FAILED'
 
@@ -175,6 +180,22 @@ def shares(terms: Mapping[str, Mapping], group: str = '') -> list[str]:
     ]
 
 
+def rising(terms: Mapping[str, Mapping], group: str = '') -> list[str]:
+    """Names of the shares that begin near 0, as their terms say.
+
+    Example:
+        >>> rising({'own': {'terms': {'one': {'type': 'mmkd.OneTerm'}}}})
+        ['own_one_distil']
+    """
+    names = []
+    for key, term in terms.items():
+        names += rising(term.get('terms', {}), f'{group}{key}_')
+        if 'type' in term:
+            kind = find(term, f'The term {key!r}')
+            names += [f'{group}{key}_{part}' for part in kind.from_nothing]
+    return names
+
+
 # --------------------------------------------------------------- the trainings
 
 
@@ -222,6 +243,9 @@ class Training(Run):
 class Trial:
     """A tiny config, its teachers, and a training for each seed.
 
+    Its teachers are those of ``model.teachers`` and those that the commands
+    of ``prepare`` ask.
+
     Args:
         path: The config.
         folder: Where everything is written.
@@ -229,17 +253,23 @@ class Trial:
 
     Raises:
         ValueError: If a teacher's training ends with another file than the
-            config reads.
+            config reads, or ``prepare`` is no list of commands.
     """
 
     def __init__(self, path: Path, folder: Path, seeds: Sequence[int]) -> None:
         self.path, self.folder, self.seeds = path, folder, seeds
         self.name = path.stem
-        model = read_config(path).model
-        self.terms = shares(model.terms)
+        config = read_config(path)
+        terms = config.model.get('terms')
+        self.terms = [WHOLE] if terms is None else shares(terms)
+        self.rising = rising(terms or {})
+        self.preparations = preparations(config, str(path))
         self._teachers = {
             Path(one.config): Path(one.checkpoint)
-            for one in model.teachers.values()
+            for one in (
+                *config.model.get('teachers', {}).values(),
+                *self.preparations,
+            )
         }
         for config, file in self._teachers.items():
             final = Training(config.stem, config, file.parent).final
@@ -257,11 +287,13 @@ class Trial:
         ]
 
     def runs(self) -> list[Training]:
-        """One training a seed; none before its teachers are trained."""
+        """One training a seed; none before its teachers are trained and
+        have said what they are asked."""
         teachers = self.teachers()
-        if not all(one.done for one in teachers):
+        if not all(one.done for one in (*teachers, *self.preparations)):
             return []
         keys = {one.folder.name: file_digest(one.final) for one in teachers}
+        keys |= {str(one.out): one.digest() for one in self.preparations}
         return [
             _training(
                 self.path, self.folder / self.name / f'seed{seed}', seed, keys
@@ -273,18 +305,19 @@ class Trial:
         """What its trainings have shown up to now."""
         runs = self.runs()
         outcomes = [
-            Outcome.of(run.log(), run.processor_seconds())
+            Outcome.of(run.log(), run.processor_seconds(), self.terms)
             for run in runs
             if run.done
         ]
         problems = ['a training stopped early' for run in runs if run.failed]
         for outcome in outcomes:
-            problems += outcome.problems(self.terms)
+            problems += outcome.problems(self.terms, self.rising)
         return Finding(
             self.path,
             outcomes,
             list(dict.fromkeys(problems)),
             complete=len(outcomes) == len(self.seeds),
+            rising=self.rising,
         )
 
 
@@ -310,12 +343,14 @@ def _training(
 def train(trials: Sequence[Trial], jobs: int) -> None:
     """Draw the pictures, then train whatever is not done.
 
+    Between teachers and students each command of ``prepare`` runs once.
+
     Args:
         trials: The configs to train.
         jobs: Trainings at a time.
 
     Raises:
-        RuntimeError: If a teacher cannot be trained.
+        RuntimeError: If a teacher cannot be trained, or a command fails.
     """
     prepare_shapes(**TINY)
     teachers = {
@@ -325,6 +360,9 @@ def train(trials: Sequence[Trial], jobs: int) -> None:
     for run in teachers.values():
         if not run.done:
             raise RuntimeError(run.reason)
+    asked = [one for trial in trials for one in trial.preparations]
+    for preparation in dict.fromkeys(asked):
+        preparation.carry_out()
     carry_out(
         [run for trial in trials for run in trial.runs()], jobs, ended=_explain
     )
@@ -355,7 +393,12 @@ class Outcome:
     seconds: float
 
     @classmethod
-    def of(cls, log: Iterable[Mapping], seconds: float) -> Outcome:
+    def of(
+        cls,
+        log: Iterable[Mapping],
+        seconds: float,
+        terms: Sequence[str] = (),
+    ) -> Outcome:
         """Read a log.
 
         A share that is 0 in a line was idle and says nothing. One whose
@@ -365,6 +408,8 @@ class Outcome:
         Args:
             log: Its training lines, in order.
             seconds: Processor time of the training.
+            terms: Names of the terms; ``loss`` alone, where there are none,
+                stands for the loss as a whole.
 
         Example:
             >>> log = [{'loss_kd_at': value} for value in (8, 6, 5, 4)]
@@ -377,7 +422,8 @@ class Outcome:
             for key, value in line.items():
                 if isinstance(value, (int, float)):
                     finite &= math.isfinite(value)
-                if key.startswith(SHARE) and value:
+                whole = key == WHOLE and WHOLE in terms
+                if (key.startswith(SHARE) or whole) and value:
                     name = key.removeprefix(SHARE)
                     weight = _weight(line, name)
                     values.setdefault(name, []).append(value / weight)
@@ -390,22 +436,31 @@ class Outcome:
         }
         return cls(quarters, finite, seconds)
 
-    def problems(self, terms: Iterable[str]) -> list[str]:
+    def problems(
+        self, terms: Iterable[str], rising: Collection[str] = ()
+    ) -> list[str]:
         """What is not as it should be.
 
         Args:
             terms: Names that must be in the log, or begin one that is.
+            rising: Shares that begin near 0 and need not fall, but are
+                logged and above 0.
         """
         found = [] if self.finite else ['a number is not finite']
         found += [
             f'{name} is not logged'
-            for name in terms
+            for name in (*terms, *rising)
             if not any(_begins(key, name) for key in self.shares)
         ]
         found += [
             f'{name} does not fall'
             for name, (first, last) in self.shares.items()
-            if not last < first
+            if name not in rising and not last < first
+        ]
+        found += [
+            f'{name} is not above 0'
+            for name, quarters in self.shares.items()
+            if name in rising and not all(one > 0 for one in quarters)
         ]
         if self.seconds >= SECONDS:
             found.append(f'longer than {SECONDS:.0f} s')
@@ -446,12 +501,14 @@ class Finding:
         outcomes: Of the seeds that were trained to the end.
         problems: What speaks against it, each once.
         complete: Whether every seed was.
+        rising: Its shares that begin near 0.
     """
 
     path: Path
     outcomes: Sequence[Outcome]
     problems: Sequence[str]
     complete: bool
+    rising: Collection[str] = ()
 
     @property
     def verdict(self) -> str:
@@ -476,9 +533,16 @@ every seed, and a training takes less than a minute of processor time, start
 and end included. Nothing here is to be read as a comparison of methods; for
 that there is [the laboratory](laboratory.md).
 
+Two kinds are judged otherwise. Where the teacher speaks before the training
+and the student learns by other data, there is no term: what the config names
+under `prepare` is run first, and the `loss` of the detector is what must fall.
+A share *from 0* compares parts of one model that begin alike; it rises while
+they learn, and must be above 0.
+
 `make test-all` repeats it and can be stopped at any time; a training is done
-again when its code, its config, its pictures or its teacher change. A config
-that is *not run* has not been trained with the present code. *First* and
+again when its code, its config, its pictures, its teacher or what that has
+said before change. A config that is *not run* has not been trained with the
+present code. *First* and
 *last* are means over seeds {seeds}; shares that are weighed by gradients are
 shown without that weight.
 """
@@ -527,7 +591,9 @@ def _rows(finding: Finding) -> Iterator[str]:
     seconds = max((one.seconds for one in finding.outcomes), default=0)
     for number, (name, quarters) in enumerate(found.items()):
         first, last = (fmean(values) for values in zip(*quarters))
-        cells = (f'{name}', f'{first:.3g}', f'{last:.3g}')
+        if name in finding.rising:
+            name += ' (from 0)'
+        cells = (name, f'{first:.3g}', f'{last:.3g}')
         if number:
             cells = ('', *cells, '', '')
         else:

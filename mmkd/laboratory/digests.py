@@ -16,7 +16,7 @@ from mmengine.config import Config
 
 from mmkd.build import find
 from mmkd.laboratory.runs import PACKAGE
-from mmkd.registry import MODELS, SCHEDULES
+from mmkd.registry import DATASETS, MODELS, SCHEDULES
 
 #: What every training runs through, and what a distilled one does besides.
 TRAINING = ('engine.trainer', 'engine.attributes', 'compat.ops')
@@ -118,7 +118,7 @@ def _file_of(kind: Any) -> Path | None:
     if isinstance(kind, str):
         if not kind.startswith('mmkd.'):
             return None
-        for registry in (MODELS, SCHEDULES):
+        for registry in (MODELS, SCHEDULES, DATASETS):
             with suppress(ValueError, KeyError):
                 kind = find(dict(type=kind), 'digest', registry)
                 break

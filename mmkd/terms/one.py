@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
@@ -154,6 +154,9 @@ class OneTerm(Term):
         others. That branches are dense heads, gates those of levels, and that
         boxes enter the sum is ours.
     """
+
+    #: No branch says anything at first, so all say the same.
+    from_nothing: ClassVar[tuple[str, ...]] = ('distil',)
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mmengine.dist import is_distributed
 from torch import Tensor, nn
@@ -29,7 +29,13 @@ class Term(nn.Module, ABC):
     Args:
         schedule: Factor over the training, of ``mmkd.schedules``; constant 1
             if None.
+
+    Attributes:
+        from_nothing: Parts that compare what begins alike, so that they
+            begin near 0 and rise before they can fall.
     """
+
+    from_nothing: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, schedule: Mapping | None = None) -> None:
         super().__init__()

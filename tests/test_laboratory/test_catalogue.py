@@ -25,6 +25,7 @@ from mmkd.laboratory.catalogue import (
     Trial,
     main,
     page,
+    rising,
     sample,
     shares,
     tiny_configs,
@@ -120,6 +121,13 @@ def test_a_part_is_divided_by_the_weight_of_its_term():
     assert Outcome.of(log, 1.0).shares == {'both_fgd_relation': (2.0, 0.5)}
 
 
+def test_the_whole_loss_is_looked_at_where_there_is_no_term():
+    log = lines(loss_cls=(1.0, 2.0))
+    log[0]['loss'] = 3.0
+    assert Outcome.of(log, 1.0, ['loss']).shares == {'loss': (3.0, 1.0)}
+    assert Outcome.of(log, 1.0, ['at']).shares == {}
+
+
 # The verdict -----------------------------------------------------------------
 
 
@@ -141,6 +149,23 @@ def test_a_part_speaks_for_its_term_and_a_like_name_does_not():
 def test_what_does_not_fall_is_a_problem(last):
     found = outcome(at=(2.0, last)).problems(['at'])
     assert found == ['at does not fall']
+
+
+def test_what_begins_at_0_may_rise_but_must_be_there():
+    found = outcome(one_distil=(0.1, 2.0), one_task=(2.0, 1.0))
+    assert found.problems(['one'], ['one_distil']) == []
+    assert found.problems(['one']) == ['one_distil does not fall']
+    negative = outcome(one_distil=(-0.1, 2.0), one_task=(2.0, 1.0))
+    said = negative.problems(['one'], ['one_distil'])
+    assert said == ['one_distil is not above 0']
+    missing = outcome(one_task=(2.0, 1.0)).problems(['one'], ['one_distil'])
+    assert missing == ['one_distil is not logged']
+
+
+def test_terms_say_which_of_their_parts_begin_at_0():
+    one, at = dict(type='mmkd.OneTerm'), dict(type='mmkd.FeatureTerm')
+    terms = dict(a=at, b=dict(type='mmkd.BalancedTerm', terms=dict(c=one)))
+    assert rising(terms) == ['b_c_distil']
 
 
 def test_a_minute_is_too_long():
@@ -193,6 +218,8 @@ def test_page_shows_means_the_slowest_seed_and_every_failure():
     ]
     assert '3 configs: 1 passed, 1 FAILED, 1 not run.' in text
     assert '1 configs: 1 passed.' in page([finding()], [0])
+    marked = Finding(PATHS[0], [outcome(one_x=(1, 2))], [], True, ['one_x'])
+    assert '| one_x (from 0) | 1 | 2 |' in page([marked], [0])
     assert 'over seeds 0, 1' in text
     assert 'torch 2' in text
 
@@ -270,10 +297,10 @@ def write_run(run, values):
     (run.folder / 'fingerprint').write_text(run.fingerprint())
 
 
-def write_log(run, values):
+def write_log(run, values, key='loss_kd_mimic'):
     folder = run.folder / 'log' / 'vis_data'
     folder.mkdir(parents=True)
-    log = lines(loss_kd_mimic=values)
+    log = lines(**{key: values})
     text = '\n'.join(map(json.dumps, log))
     (folder / 'scalars.json').write_text(text)
 
@@ -403,6 +430,108 @@ def test_a_teacher_that_fails_ends_the_command(trial, monkeypatch):
     monkeypatch.setattr(catalogue, 'carry_out', lambda *runs, **more: None)
     with pytest.raises(RuntimeError):
         catalogue.train([trial], jobs=1)
+
+
+# What a teacher says before the training -------------------------------------
+
+TOOL = """
+import sys
+from pathlib import Path
+
+config, checkpoint, _, out = sys.argv[1:]
+with Path(out).open('a') as file:
+    print('asked', Path(checkpoint).read_text(), file=file)
+if Path('broken').exists():
+    sys.exit('out of ideas')
+"""
+ASKED = (
+    'ask.py configs/_base_/tiny/gfl_teacher.py '
+    'work_dirs/tiny/teachers/gfl/iter_6.pth --out'
+)
+
+
+@pytest.fixture
+def told(trial, root):
+    """A trial whose config distils nothing, and learns of what is asked."""
+    (root / 'ask.py').write_text(TOOL)
+    path = root / 'configs' / 'said' / 'tiny' / 'said_tiny.py'
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        f"_base_ = '../../_base_/tiny/gfl.py'\n"
+        f"prepare = ['{ASKED} said', '{ASKED} said', '{ASKED} more']\n"
+    )
+    return Trial(path.relative_to(root), Path('work'), [0])
+
+
+def test_commands_run_once_between_teachers_and_students(told, monkeypatch):
+    (teacher,) = told.teachers()
+    teacher.final.unlink()
+    begun = []
+
+    def carry_out(runs, jobs, ended=None):
+        begun.extend((run.name, Path('said').exists()) for run in runs)
+        for run in runs:
+            finish(run)
+
+    monkeypatch.setattr(catalogue, 'carry_out', carry_out)
+    catalogue.train([told, told], jobs=1)
+    assert begun == [('gfl', False), *2 * [('said_tiny, seed 0', True)]]
+    assert Path('said').read_text() == 'asked weights\n'
+    assert Path('more').exists()
+
+
+def test_no_student_is_trained_before_all_is_said(told):
+    assert told.runs() == []
+    Path('said').write_text('x')
+    assert told.runs() == []
+    Path('more').mkdir()
+    assert len(told.runs()) == 1
+
+
+def test_what_is_said_otherwise_is_another_training(told):
+    Path('said').write_text('x')
+    Path('more').mkdir()
+    seen = [told.runs()[0].fingerprint()]
+    for place, text in (('said', 'y'), ('more/a', 'x'), ('more/a', 'y')):
+        Path(place).write_text(text)
+        seen.append(told.runs()[0].fingerprint())
+    Path('more/a').rename('more/b')
+    seen.append(told.runs()[0].fingerprint())
+    assert len(set(seen)) == 5
+
+
+def test_a_command_that_fails_is_shown_with_its_last_words(told):
+    Path('broken').touch()
+    with pytest.raises(RuntimeError) as error:
+        catalogue.train([told], jobs=1)
+    assert f'python {ASKED} said' in str(error.value)
+    assert 'out of ideas' in str(error.value)
+
+
+def test_a_command_that_writes_nothing_is_a_failure(told):
+    Path('ask.py').write_text('')
+    with pytest.raises(RuntimeError, match='There is no said'):
+        catalogue.train([told], jobs=1)
+
+
+@pytest.mark.parametrize(
+    'prepare',
+    ['a.py b c --out d', ['a.py b --out c'], ['a.py b c'], ['a.py b c --out']],
+)
+def test_commands_of_another_form_are_refused(told, prepare):
+    text = told.path.read_text().partition('prepare')[0]
+    told.path.write_text(f'{text}prepare = {prepare!r}\n')
+    with pytest.raises(ValueError, match='TOOL CONFIG CHECKPOINT --out FILE'):
+        Trial(told.path, Path('work'), [0])
+
+
+def test_without_a_term_the_whole_loss_must_fall(told):
+    Path('said').touch()
+    Path('more').touch()
+    (run,) = told.runs()
+    finish(run)
+    write_log(run, [1.0, 1.0], key='grad_norm')
+    assert told.finding().problems == ['loss does not fall']
 
 
 @pytest.mark.parametrize('part', ['code_digest', 'data_digest'])
