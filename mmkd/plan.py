@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from mmkd.compat.checkpoint import check_file, classes_of, read_checkpoint
 from mmkd.configs import read_config, student_config
 from mmkd.datasets.check import named_classes
-from mmkd.distillers.distiller import CHECK_SIZE, example_sample
+from mmkd.distillers.distiller import CHECK_SIZES, example_sample
 from mmkd.randomness import preserved
 from mmkd.recipes import DEFAULT, RECIPES, Pair, inherits, look, recipe
 from mmkd.registry import MODELS
@@ -370,7 +372,7 @@ def _rows_of(
     if step is None or not isinstance(term, FeatureTerm):
         yield name, own, theirs, '', '', adapter, said
         return
-    pairs = list(zip(*term.maps(step)))
+    pairs, side = list(zip(*term.maps(step))), step.images.shape[-1]
     levels, others = (
         range(len(pairs)) if one is None else one
         for one in (term.levels, term.teacher_levels)
@@ -381,16 +383,20 @@ def _rows_of(
             name if first else '',
             f'{", ".join(term.taps)}[{levels[number]}]',
             f'{", ".join(term.teacher_taps)}[{others[number]}]',
-            str(round(CHECK_SIZE / one.shape[-1])),
+            ' to '.join(dict.fromkeys(_strides(side, one, other))),
             f'{one.shape[1]} of {other.shape[1]}',
             adapter if first else '',
             said if first else '',
         )
 
 
+def _strides(side: int, *maps: Tensor) -> list[str]:
+    return [str(round(side / one.shape[-1])) for one in maps]
+
+
 def _notes(model: nn.Module, terms: Mapping) -> list[str]:
     """What the whole costs, as far as arithmetic says."""
-    step = model.take(terms)
+    model.take(terms)
     teacher = model.teachers[TEACHER]
     own = _size(model) - _size(model.terms)
     notes = []
@@ -407,37 +413,68 @@ def _notes(model: nn.Module, terms: Mapping) -> list[str]:
         if added
         else 'Terms add no weights.'
     )
-    if step is None:
+    for side in CHECK_SIZES:
+        with torch.no_grad(), suppress(RuntimeError):  # too small for one
+            student, shown, compared = _arithmetic(model, side)
+            break
+    else:
         return notes
-    images, samples = step.images, [example_sample()]
-    with torch.no_grad():
-        student = _work(lambda: run_detector(model, images, samples))
-        shown = _work(lambda: teacher.run(images, samples, model._pixels))
-        compared = _work(
-            lambda: [
-                term(step)
-                for term in model.terms.values()
-                if term.checkable(step)
-            ]
-        )
     ratio = (3 * (student + compared) + shown) / (3 * student)
     notes.append(
         f'The teacher runs as far as {", ".join(teacher.paths)}: '
         f'{shown / 1e9:.2f} billion '
         f"multiply-accumulates beside the student's {student / 1e9:.2f} "
-        f'(forward, {CHECK_SIZE} x {CHECK_SIZE} pixels), the terms '
+        f'(forward, {side} x {side} pixels), the terms '
         f'{compared / 1e9:.2f}. By this count a step is {ratio:.2f} times '
         f"as long as the student's alone."
     )
     return notes
 
 
+def _arithmetic(model: nn.Module, side: int) -> tuple[int, int, int]:
+    """Multiply-accumulates of student, teacher and terms, forward."""
+    images, samples = torch.rand(1, 3, side, side), [example_sample(side)]
+    step, broken = model.dry_step(images, samples)
+    if broken is not None:
+        raise RuntimeError(broken)
+    teacher = model.teachers[TEACHER]
+    return (
+        _work(lambda: run_detector(model, images, samples)),
+        _work(lambda: teacher.run(images, samples, teacher.pixels)),
+        _work(
+            lambda: [
+                term(step)
+                for term in model.terms.values()
+                if term.checkable(step)
+            ]
+        ),
+    )
+
+
 def _size(module: nn.Module) -> int:
     return sum(one.numel() for one in module.parameters())
 
 
-def _work(run) -> int:
+class _Counter(TorchDispatchMode):
+    """Counts multiply-accumulates; torch's own asks modules for gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        count = flop_registry.get(function._overloadpacket)
+        if count is not None:
+            flops = count(*args, **(kwargs or {}), out_val=output)
+            self.total += flops // 2
+        return output
+
+
+def _work(run: Callable[[], Any]) -> int:
     """Multiply-accumulates of matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counter:
+    with _Counter() as counter:
         run()
-    return counter.get_total_flops() // 2
+    return counter.total

@@ -8,7 +8,9 @@ comes out is what a config would say: print it, edit it, commit it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch import nn
 
 from mmkd.checks import check_name
 from mmkd.configs import student_config
-from mmkd.distillers.distiller import CHECK_SIZE, example_sample
+from mmkd.distillers.distiller import CHECK_SIZES, example_sample
 from mmkd.randomness import preserved
 from mmkd.registry import DETECTORS
 from mmkd.taps import maps_of, recording
@@ -44,6 +46,8 @@ class Level:
         student, teacher: Positions in the two pyramids.
         channels: Of the student's map and of the teacher's.
         scores: Whether both heads give class scores of one shape here.
+        resized: Whether the strides differ, the stated one being the
+            teacher's, so that the student's map has to be resized.
     """
 
     stride: int
@@ -51,6 +55,7 @@ class Level:
     teacher: int
     channels: tuple[int, int]
     scores: bool
+    resized: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,13 +106,17 @@ class Pair:
                 convolution is needed where the two differ in number.
             **more: Further arguments of the term.
         """
+        align = self.align()
+        if align and not adapt:
+            neck = dict(type='mmkd.ResizeAdapt')
+            align = dict(align=neck) if self.resized else {}
         return dict(
             type='mmkd.FeatureTerm',
             teacher=self.teacher,
             tap=self.tap,
             **self.paired(),
             loss=dict(loss),
-            **{**(self.align() if adapt else {}), **more},
+            **{**align, **more},
         )
 
     def paired(self) -> dict:
@@ -120,15 +129,22 @@ class Pair:
     def align(self) -> dict:
         """The argument of a term that makes the student's maps as wide.
 
-        Empty where they are.
+        Empty where they are, and of the same size.
         """
         own, other = (
             [level.channels[side] for level in self.levels] for side in (0, 1)
         )
-        if own == other:
+        if own == other and not self.resized:
             return {}
         neck = dict(type='mmkd.ConvAdapt', in_channels=own, out_channels=other)
+        if self.resized:
+            neck['resize'] = 'student'
         return dict(align=neck)
+
+    @property
+    def resized(self) -> bool:
+        """Whether maps of unlike strides are compared."""
+        return any(level.resized for level in self.levels)
 
     def scores(self, loss: Mapping, **more: Any) -> dict:
         """A term over the class scores of the two heads.
@@ -195,6 +211,9 @@ def look(
 ) -> Pair:
     """Look at two detectors and pair their levels by stride.
 
+    Where no stride stands on both sides, the two levels that are nearest in
+    stride are paired, and the student's map is resized.
+
     Args:
         student: The student's config, plain or with teachers.
         teacher: The teacher's config.
@@ -202,9 +221,6 @@ def look(
 
     Returns:
         What they have in common.
-
-    Raises:
-        ValueError: If no level has the same stride.
     """
     init_default_scope('mmdet')
     models = [student_config(one['model']) for one in (student, teacher)]
@@ -213,7 +229,7 @@ def look(
         detectors = [
             DETECTORS.build(without_init(model)).eval() for model in models
         ]
-        own, other = (_shapes(one, tap) for one in detectors)
+        own, other = _shapes(detectors, tap)
     levels = []
     for index, (channels, stride, scores) in enumerate(own):
         match = [
@@ -238,12 +254,7 @@ def look(
                 )
             )
     if not levels:
-        raise ValueError(
-            f'Student and teacher share no stride at {tap!r}: '
-            f'{[stride for _, stride, _ in own]} and '
-            f'{[stride for _, stride, _ in other]}. Write the term by hand, '
-            f"with align=dict(type='mmkd.ResizeAdapt')."
-        )
+        levels = [_nearest(own, other)]
     return Pair(tap, tuple(levels), models[0], name, _heads(*detectors))
 
 
@@ -282,15 +293,42 @@ def _heads(*detectors: nn.Module) -> Heads | None:
     )
 
 
+#: Of a level: channels, stride, and shape of the class scores if there are.
+Shape = tuple[int, int, tuple[int, ...] | None]
+
+
+def _nearest(own: Sequence[Shape], other: Sequence[Shape]) -> Level:
+    """The levels that are nearest in stride, the finest of several."""
+    student, teacher = min(
+        itertools.product(range(len(own)), range(len(other))),
+        key=lambda pair: abs(math.log(own[pair[0]][1] / other[pair[1]][1])),
+    )
+    (channels, _, _), (theirs, stride, _) = own[student], other[teacher]
+    return Level(
+        stride, student, teacher, (channels, theirs), False, resized=True
+    )
+
+
 def _shapes(
-    detector: nn.Module, tap: str
-) -> list[tuple[int, int, tuple[int, ...] | None]]:
-    """Channels, stride and shape of the class scores of each level."""
-    images = torch.rand(1, 3, CHECK_SIZE, CHECK_SIZE)
+    detectors: Sequence[nn.Module], tap: str
+) -> tuple[list[Shape], list[Shape]]:
+    """What each level of both detectors is, seen on one size of image."""
+    for size in CHECK_SIZES[:-1]:
+        try:
+            own, other = (_seen(one, tap, size) for one in detectors)
+        except (RuntimeError, ValueError, IndexError):  # too small for one
+            continue
+        return own, other
+    own, other = (_seen(one, tap, CHECK_SIZES[-1]) for one in detectors)
+    return own, other
+
+
+def _seen(detector: nn.Module, tap: str, size: int) -> list[Shape]:
+    images = torch.rand(1, 3, size, size)
     dense = getattr(detector, 'bbox_head', None) is not None
     paths = [tap, 'bbox_head'] if dense else [tap]
     with torch.no_grad(), recording(detector, paths, stop=True) as record:
-        run_detector(detector, images, [example_sample()])
+        run_detector(detector, images, [example_sample(size)])
     maps = maps_of(record.at(tap), f'The tap {tap!r}')
     scores: tuple = (None,) * len(maps)
     if dense:
@@ -302,7 +340,7 @@ def _shapes(
         if len(found) == len(maps) and not isinstance(head, NO_LOGITS):
             scores = tuple(tuple(one.shape) for one in found)
     return [
-        (one.shape[1], round(CHECK_SIZE / one.shape[-1]), score)
+        (one.shape[1], round(size / one.shape[-1]), score)
         for one, score in zip(maps, scores)
     ]
 

@@ -474,7 +474,7 @@ def test_scores_that_are_compared_are_logits_of_classes(name):
     detector.eval()
     compared = [level for level in pair.levels if level.scores]
     with torch.no_grad(), recording(detector, ['bbox_head']) as record:
-        run_detector(detector, torch.rand(1, 3, 64, 64), [example_sample()])
+        run_detector(detector, torch.rand(1, 3, 64, 64), [example_sample(64)])
     head = detector.bbox_head
     anchors = getattr(head, 'num_base_priors', 1)
     for level in compared:

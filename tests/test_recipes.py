@@ -86,15 +86,35 @@ def test_a_look_leaves_the_random_state_as_it_was(pair):
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_without_a_common_stride_the_two_cannot_be_paired():
-    one, other = tiny.retinanet(), tiny.retinanet()
-    one.neck.end_level, one.neck.num_outs = 2, 2  # 8 and 16
+@pytest.fixture
+def strangers():
+    """Strides 8 and 16 against 32 and 64."""
+    one, other = tiny.retinanet(), tiny.retinanet(base=16, channels=24)
+    one.neck.end_level, one.neck.num_outs = 2, 2
     one.bbox_head.anchor_generator.strides = [8, 16]
     other.neck.start_level = 3
-    other.neck.num_outs = 2  # 32 and 64
+    other.neck.num_outs = 2
     other.bbox_head.anchor_generator.strides = [32, 64]
-    with pytest.raises(ValueError, match=r'no stride.*\[8, 16\].*\[32, 64\]'):
-        look(dict(model=one), dict(model=other))
+    return one, other
+
+
+def test_without_a_common_stride_the_nearest_levels_are_paired(strangers):
+    (level,) = look(*(dict(model=one) for one in strangers)).levels
+    assert (level.student, level.teacher, level.stride) == (1, 0, 32)
+    assert level.channels == (16, 24)
+    assert level.resized
+    assert not level.scores
+
+
+@pytest.mark.parametrize('method', ['pkd', 'at', 'fgd', 'reviewkd', DEFAULT])
+def test_levels_of_unlike_strides_teach(strangers, build, method):
+    pair = look(*(dict(model=one) for one in strangers), 'big')
+    model = build(*strangers, recipe(method, pair))
+    losses = model.loss(*tiny.batch())
+    tiny.total(
+        {key: one for key, one in losses.items() if 'loss_kd' in key}
+    ).backward()
+    assert model.backbone.conv1.weight.grad.abs().sum() > 0
 
 
 # Terms -----------------------------------------------------------------------

@@ -32,9 +32,10 @@ from mmkd.structures.step import Shower
 from mmkd.taps import Record, in_forward, recording
 from mmkd.teachers import Teacher, Teachers, run_detector
 
-#: Side of the random image on which pairs are checked while the model is
-#: built, pixels: one cell at stride 128.
-CHECK_SIZE = 128
+#: Sides of the random image on which pairs are checked while the model is
+#: built, pixels: one cell at stride 128; a larger one for detectors that need
+#: it, such as those that choose hundreds of queries among the cells.
+CHECK_SIZES = (128, 320)
 
 
 @MODELS.register_module(name='Distiller')
@@ -312,9 +313,11 @@ class Distilling:
         Raises:
             ValueError: If levels, channels or sizes do not fit a term.
         """
-        images = torch.rand(1, 3, CHECK_SIZE, CHECK_SIZE)
-        samples = [example_sample()]
-        step, broken = self._dry_step(images, samples)
+        for size in CHECK_SIZES:
+            images = torch.rand(1, 3, size, size)
+            step, broken = self.dry_step(images, [example_sample(size)])
+            if broken is None:
+                break
         if broken is not None:
             print_log(
                 f'{type(self).__name__}: levels and channels could not be '
@@ -332,9 +335,14 @@ class Distilling:
                     term(step)
         return step
 
-    def _dry_step(
+    def dry_step(
         self, images: Tensor, samples: SampleList
     ) -> tuple[Step | None, Exception | None]:
+        """A step of which nothing is learnt, as far as it can be recorded.
+
+        Returns:
+            The step, or None and what a detector failed with.
+        """
         # What losses are computed by does not run here; SingleStageInstance-
         # Segmentor would call it, and with it the head a second time.
         paths = [
@@ -479,9 +487,9 @@ def _modes_kept(module: nn.Module) -> Iterator[None]:
             one.training = training
 
 
-def example_sample() -> DetDataSample:
-    """A sample of one box, for an image of ``CHECK_SIZE`` pixels."""
-    size = (CHECK_SIZE, CHECK_SIZE)
+def example_sample(side: int) -> DetDataSample:
+    """A sample of one box, for an image of so many pixels in both ways."""
+    size = (side, side)
     sample = DetDataSample(
         metainfo=dict(
             img_shape=size,
@@ -492,7 +500,7 @@ def example_sample() -> DetDataSample:
             flip=False,
         )
     )
-    side = CHECK_SIZE / 2
+    side = side / 2
     box = torch.tensor([[side / 2, side / 2, 1.5 * side, 1.5 * side]])
     sample.gt_instances = InstanceData(
         bboxes=box, labels=torch.zeros(1, dtype=torch.long)

@@ -374,7 +374,7 @@ def test_images_without_annotations_are_compared_all_the_same(build):
     images, samples = tiny.batch()
     for one in samples:
         del one.gt_instances
-    record, step = student._dry_step(images, samples)[0], None
+    record, step = student.dry_step(images, samples)[0], None
     step = Step(
         student=record.student,
         images=images,

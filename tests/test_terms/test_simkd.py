@@ -635,6 +635,6 @@ def test_wrong_settings_say_what_to_type(files):
 def test_the_dry_pass_does_not_ask_what_is_trained(files):
     """Phases begin with the first step; a model is checked before."""
     student = built(config(files, model=dict(phases=None)))
-    step, broken = student._dry_step(*tiny.batch())
+    step, broken = student.dry_step(*tiny.batch())
     assert broken is None
     assert student.terms['simkd'](step) > 0
