@@ -11,7 +11,12 @@ model = dict(
             type='mmkd.LearnedMaskTerm',
             teacher='big',
             levels=(0, 1),
-            loss=dict(type='mmkd.FreeKDLoss', channels=32, scales=2),
+            loss=dict(
+                type='mmkd.FreeKDLoss',
+                channels=32,
+                scales=2,
+                position='teacher',
+            ),
             learn_until=1.0,
         ),
     ),
