@@ -53,13 +53,7 @@ SMALLEST = 10
 #: this stride, one of twice the side from the next.
 SIDE, STRIDE = 224, 16
 #: Heads whose get_targets reads predictions as well, or other arguments.
-ASSIGN_OTHERWISE = (
-    CenterNetUpdateHead,
-    DDODHead,
-    PAAHead,
-    RTMDetHead,
-    TOODHead,
-)
+ASSIGN_OTHERWISE = (CenterNetUpdateHead, DDODHead, PAAHead, RTMDetHead)
 
 
 @MODELS.register_module()
@@ -91,7 +85,9 @@ class InstanceTerm(Term):
     anchors that the student's own label assignment holds for positive when
     the instances are its objects. D is the sum of absolute differences of the
     offsets, if both heads are trained so, and on the same offsets (RetinaNet);
-    1 - GIoU of the decoded boxes for others.
+    1 - GIoU of the decoded boxes for others (GFL, ATSS, FCOS). Heads whose
+    assignment reads predictions as well (DDOD, PAA, RTMDet) or is not told
+    level by level (CenterNet's update) have the first two parts only.
 
     Suppression is greedy, as that of any NMS, but stops at ``topk`` boxes:
     as many rounds for all images at once, whatever the number of boxes, and
@@ -119,7 +115,8 @@ class InstanceTerm(Term):
 
     Raises:
         ValueError: If the heads differ in classes, strides or anchors, their
-            boxes cannot be read, or their scores are not a sigmoid each.
+            boxes cannot be read, or their scores are no logits of a sigmoid
+            each.
 
     Reference:
         Dai et al., "General Instance Distillation for Object Detection", CVPR
@@ -184,9 +181,10 @@ class InstanceTerm(Term):
         ):
             head, _ = resolve(detector, self.head)
             check_decodable('InstanceTerm', head, side)
+            refuse_softmax('InstanceTerm', detector, self.head, side)
+            _check_logits(head, side)
             if side == 'student' and (self.class_weight or self.box_weight):
                 _check_assigns(head)
-            refuse_softmax('InstanceTerm', detector, self.head, side)
             heads.append(head)
         _check_alike(*heads)
 
@@ -517,6 +515,15 @@ def _check_alike(own: nn.Module, other: nn.Module) -> None:
 def _anchors(head: nn.Module) -> list[int]:
     levels = range(head.prior_generator.num_levels)
     return [anchors_of(head, level) for level in levels]
+
+
+def _check_logits(head: nn.Module, side: str) -> None:
+    if isinstance(head, TOODHead):
+        raise ValueError(
+            f'InstanceTerm reads class scores before their sigmoid, but the '
+            f"{side}'s {type(head).__name__} gives probabilities. Choose a "
+            f'term on features for this pair, for instance mmkd.FeatureTerm.'
+        )
 
 
 def _check_assigns(head: nn.Module) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmkd.losses.freekd import FreeKDLoss
+from mmkd.losses.freekd import FreeKDLoss, coarse_attention
 from mmkd.ops.wavelets import haar
 from mmkd.structures import GroundTruth
 
@@ -109,6 +109,173 @@ def test_where_everything_is_ignored_it_is_zero(maps, loss):
     assert loss(*maps, gt) == 0
 
 
+# The channels' weights -------------------------------------------------------
+
+
+@pytest.fixture
+def gated():
+    """With prompts and a gate that have learnt something."""
+
+    def build(position):
+        torch.manual_seed(2)
+        loss = FreeKDLoss(6, prompts=2, scales=2, position=position)
+        for parameter in loss.parameters():
+            nn.init.normal_(parameter, std=0.6)
+        return loss
+
+    return build
+
+
+def literal_weights(loss, feature):
+    """Channel by channel, from maps whose blocks are filled with means."""
+    side = 2 ** len(loss.high)
+    first, _, last = loss.gate
+    found = []
+    for image in feature:
+        rows, columns = image.shape[1:]
+        blocks = image.clone()
+        for y in range(0, rows, side):
+            for x in range(0, columns, side):
+                part = image[:, y : y + side, x : x + side]
+                mean = part.mean((1, 2), keepdim=True)
+                blocks[:, y : y + side, x : x + side] = mean
+        scores = []
+        for one in blocks:
+            row = [
+                (one * other).sum() / (one.norm() * other.norm())
+                for other in image
+            ]
+            row = 6 * torch.stack(row).exp() / sum(x.exp() for x in row)
+            hidden = (first.weight @ row + first.bias).clamp(min=0)
+            scores.append((last.weight @ hidden + last.bias).squeeze())
+        total = sum(score.exp() for score in scores)
+        found.append(torch.stack([6 * x.exp() / total for x in scores]))
+    return torch.stack(found)
+
+
+def literal_with(loss, student, teacher, weights):
+    own, theirs = (haar(x, len(loss.high))[1] for x in (student, teacher))
+    total = 0.0
+    for one, other, prompts in zip(own, theirs, loss.high):
+        mask = torch.einsum('nchw,pc->nphw', other.sum(2), prompts).sigmoid()
+        mask = mask.mean(1)[:, None, None]
+        gap = weights[:, :, None, None, None] * mask * (one - other).abs()
+        total = total + gap.mean()
+    return total
+
+
+@pytest.mark.parametrize('position', ['teacher', 'student'])
+def test_channels_count_as_the_gate_says(maps, gated, position):
+    loss = gated(position)
+    seen = dict(zip(('student', 'teacher'), maps))[position]
+    weights = literal_weights(loss, seen)
+    assert weights.std() > 0.05
+    torch.testing.assert_close(loss.weights(seen), weights)
+    torch.testing.assert_close(loss(*maps), literal_with(loss, *maps, weights))
+
+
+def test_attention_of_two_channels_by_hand():
+    """One is flat, the other a chessboard whose blocks are all 0.
+
+    The flat one finds itself (cosine 1) and not the other; the other nothing.
+    """
+    flat, board = torch.ones(4, 4), torch.tensor([[1.0, -1], [-1, 1]])
+    maps = torch.stack([flat, board.repeat(2, 2)])[None]
+    found = coarse_attention(3 * maps, scales=1)
+    e = torch.e
+    expected = torch.tensor([[[e / (e + 1), 1 / (e + 1)], [0.5, 0.5]]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_size_of_a_channel_does_not_matter(maps, gated):
+    loss = gated('teacher')
+    scale = torch.tensor([0.01, 1, 5, 100, 2, 3]).view(6, 1, 1)
+    torch.testing.assert_close(
+        loss.weights(scale * maps[1]), loss.weights(maps[1])
+    )
+
+
+def test_weights_are_one_in_the_mean_and_at_first(maps, gated):
+    weights = gated('teacher').weights(maps[1])
+    torch.testing.assert_close(weights.mean(1), torch.ones(2))
+    assert (weights[0] - weights[1]).abs().max() > 1e-3  # of the image
+    torch.manual_seed(0)
+    plain = FreeKDLoss(6, prompts=2)
+    torch.manual_seed(0)
+    loss = FreeKDLoss(6, prompts=2, position='teacher')
+    torch.testing.assert_close(loss.weights(maps[1]), torch.ones(2, 6))
+    torch.testing.assert_close(loss(*maps), plain(*maps))
+    assert torch.equal(plain.weights(maps[1]), torch.ones(2, 6))
+
+
+def test_one_channel_has_nothing_to_choose_from():
+    loss = FreeKDLoss(1, position='student')
+    assert loss.weights(torch.randn(2, 1, 8, 8)).tolist() == [[1.0], [1.0]]
+
+
+def test_a_map_of_nothing_has_weights(gated):
+    weights = gated('teacher').weights(torch.zeros(1, 6, 8, 8))
+    torch.testing.assert_close(weights, torch.ones(1, 6))
+
+
+def test_the_gate_is_no_way_out_for_the_student(maps, gated):
+    """Its gradient is that of weights that stay as they are."""
+    loss, (student, teacher) = gated('student'), maps
+    weights = literal_weights(loss, student).detach()
+    student = student.clone().requires_grad_()
+    loss(student, teacher).backward()
+    assert all((one.grad == 0).all() for one in loss.parameters())
+    other = student.detach().clone().requires_grad_()
+    literal_with(loss, other, teacher, weights).backward()
+    torch.testing.assert_close(student.grad, other.grad)
+
+
+def test_revealed_details_are_weighed_and_the_coarse_band_is_not(maps, gated):
+    loss, (_, teacher) = gated('teacher'), maps
+    left, kept = haar(loss.reveal(teacher)[0], 2)
+    low, highs = haar(teacher, 2)
+    weights = literal_weights(loss, teacher)[:, :, None, None, None]
+    masks = torch.einsum('nchw,pc->nphw', low, loss.low).sigmoid()
+    torch.testing.assert_close(left, low * masks.sum(1, keepdim=True))
+    for one, other, prompts in zip(kept, highs, loss.high):
+        masks = torch.einsum('nchw,pc->nphw', other.sum(2), prompts).sigmoid()
+        torch.testing.assert_close(
+            one,
+            weights * other * masks.sum(1)[:, None, None],
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+def test_the_gate_learns_from_what_is_revealed(maps, gated):
+    loss = gated('student')
+    loss.reveal(maps[1])[0].square().sum().backward()
+    assert all(one.grad.any() for one in loss.gate[0].parameters())
+    assert loss.gate[2].weight.grad.any()
+    fresh = FreeKDLoss(6, position='student')
+    fresh.reveal(maps[1])[0].square().sum().backward()
+    assert fresh.gate[2].weight.grad.any()
+
+
+@pytest.mark.parametrize('position', ['teacher', 'student'])
+def test_the_border_has_no_say_in_weights(maps, gated, position):
+    loss, (student, teacher) = gated(position), maps
+    gt = GroundTruth.from_boxes(
+        [torch.zeros(0, 4)] * 2, (64, 128), image_shapes=[(64, 128), (64, 64)]
+    )
+    before = loss(student, teacher, gt)
+    for one in (student, teacher):
+        one[1, :, :, 8:] = 50 * torch.randn(6, 8, 8)
+    torch.testing.assert_close(loss(student, teacher, gt), before)
+
+
+def test_weights_are_as_exact_under_autocast(maps, gated):
+    loss = gated('teacher')
+    with torch.autocast('cpu', torch.bfloat16):
+        cast = loss.weights(maps[1])
+    assert torch.equal(cast, loss.weights(maps[1]))
+
+
 # What is revealed ------------------------------------------------------------
 
 
@@ -173,3 +340,5 @@ def test_mistakes_are_named(maps):
         FreeKDLoss(4, prompts=0)
     with pytest.raises(ValueError, match='scales > 0'):
         FreeKDLoss(4, scales=0)
+    with pytest.raises(ValueError, match=r"'techer'.*'teacher'"):
+        FreeKDLoss(4, position='techer')

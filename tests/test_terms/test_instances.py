@@ -1,5 +1,7 @@
 import copy
+import math
 
+import families
 import heads
 import pytest
 import tiny
@@ -13,6 +15,7 @@ from mmkd.terms import instances
 from mmkd.terms.decoding import decode
 from mmkd.terms.instances import (
     InstanceTerm,
+    assign,
     dispute,
     levels_of,
     read,
@@ -482,6 +485,77 @@ def test_equals_the_method_written_out(build, kind):
         torch.testing.assert_close(
             value, factors[name] * expected[name], rtol=1e-3, atol=1e-5
         )
+
+
+# One instance, a square of 64 pixels amid 128: ATSS takes the nine anchors of
+# its size next to the centre, where overlaps are 1, 7/9 and 0.62; those of
+# coarser levels overlap by 1/4 and less, far below mean plus deviation (0.59).
+# FCOS takes every point inside, at the level of distances below 64.
+NINE = [(row, column) for row in (7, 8, 9) for column in (7, 8, 9)]
+INSIDE = [(row, column) for row in range(4, 12) for column in range(4, 12)]
+
+
+@pytest.mark.parametrize(
+    ('kind', 'cells'), [('gfl', NINE), ('atss', NINE), ('fcos', INSIDE)]
+)
+def test_the_anchors_of_an_instance_by_hand(kind, cells):
+    head = tiny.build(getattr(heads, kind)()).bbox_head
+    _, samples = tiny.batch(shapes=((128, 128), (128, 128)))
+    scores = [torch.zeros(2, 3, 128 // one, 128 // one) for one in STRIDES]
+    boxes = torch.tensor([[32.0, 32, 96, 96], [0, 0, 0, 0]]).expand(2, 2, 4)
+    there = torch.tensor([[False, False], [True, False]])
+    finest, *others = assign(head, scores, boxes, there, samples)
+    image, anchor, row, column = (one.tolist() for one in finest)
+    assert set(image) == {1}  # in the other there is none
+    assert set(anchor) == {0}
+    assert list(zip(row, column)) == cells
+    assert not any(one.numel() for level in others for one in level)
+
+
+@pytest.mark.parametrize('kind', ['gfl', 'fcos'])
+def test_predictions_by_hand(build, kind):
+    """Each anchor's box is a square about it, of the teacher twice the side.
+
+    A quarter of the teacher's is shared, whatever the level. At every anchor
+    and class the student says 1/2, the teacher 3/4.
+    """
+    model = build(kind, class_weight=2.0, box_weight=10.0)
+    big = model.teachers['big'].detector
+    for head, logit, half in (
+        (model.bbox_head, 0.0, 1.5),
+        (big.bbox_head, math.log(3), 3.0),
+    ):
+        boxes = head.gfl_reg if kind == 'gfl' else head.conv_reg
+        classes = head.gfl_cls if kind == 'gfl' else head.conv_cls
+        for layer in (boxes, classes):
+            torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.constant_(classes.bias, logit)
+        if kind == 'fcos':  # in strides
+            torch.nn.init.constant_(boxes.bias, half)
+        else:  # bins 0 to 3: all alike, or the last alone
+            bins = torch.tensor([0.0, 0, 0, 100 * (half - 1.5)])
+            boxes.bias.data = bins.repeat(4)
+    parts = parts_of(model.loss(*tiny.batch()))
+    divergence = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert parts['cls'].item() == pytest.approx(2 * 3 * divergence, rel=1e-4)
+    assert parts['box'].item() == pytest.approx(10 * 0.75, rel=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['ddod', 'paa', 'centernet_update'])
+def test_heads_whose_assignment_reads_predictions_are_refused(build, kind):
+    student, teacher = (getattr(families, kind)() for _ in range(2))
+    with pytest.raises(
+        ValueError, match=r'no get_targets that needs.*class_weight=0'
+    ):
+        build(kind, teacher=teacher, student=student)
+    nothing = dict(class_weight=0.0, box_weight=0.0)
+    build(kind, teacher=teacher, student=student, **nothing)
+
+
+def test_a_head_that_gives_probabilities_is_refused(build):
+    student, teacher = families.tood(), families.tood()
+    with pytest.raises(ValueError, match=r"student's TOODHead gives prob"):
+        build('tood', teacher=teacher, student=student)
 
 
 @pytest.mark.parametrize('kind', ['retinanet', 'gfl'])

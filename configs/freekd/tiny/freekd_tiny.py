@@ -11,8 +11,20 @@ model = dict(
             type='mmkd.LearnedMaskTerm',
             teacher='big',
             levels=(0, 1),
-            loss=dict(type='mmkd.FreeKDLoss', channels=32, scales=2),
+            loss=dict(
+                type='mmkd.FreeKDLoss',
+                channels=32,
+                scales=2,
+                position='teacher',
+            ),
             learn_until=1.0,
+        ),
+        boxes=dict(
+            type='mmkd.FeatureTerm',
+            teacher='big',
+            tap='bbox_head',
+            output=1,
+            loss=dict(type='mmkd.MimicLoss', distance='smooth'),
         ),
     ),
 )
