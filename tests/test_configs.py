@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import copy
+import json
 import re
+import runpy
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -13,11 +15,14 @@ from pathlib import Path
 import pytest
 import rois
 import rotation
+import runs
 import tiny
 import torch
 import yaml
-from mmdet.registry import MODELS
+from mmdet.datasets import CocoDataset
+from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config, ConfigDict
+from mmengine.dataset import pseudo_collate
 from mmengine.model.weight_init import PretrainedInit
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
@@ -28,6 +33,7 @@ from mmkd.configs import (
     read_config,
     student_config,
 )
+from mmkd.laboratory.preparation import Preparation, preparations
 
 ROOT = Path(__file__).parents[1]
 COCO_CLASSES = 80
@@ -110,7 +116,16 @@ def fields(path: Path) -> dict[str, str]:
 
 
 def teachers_of(path: Path) -> dict[str, ConfigDict]:
-    return config_of(path).model.teachers
+    return config_of(path).model.get('teachers', {})
+
+
+def prepared_in(path: Path) -> list[Preparation]:
+    return preparations(config_of(path), path.name)
+
+
+def distils(path: Path) -> bool:
+    """Whether it has terms, and is not the student's own on other data."""
+    return 'terms' in config_of(path).model or not prepared_in(path)
 
 
 def differences(one: object, other: object, place: str = '') -> Iterator[str]:
@@ -167,6 +182,10 @@ def test_card_names_a_local_file_for_teachers_that_exist(path):
     options = [
         f'model.teachers.{name}.checkpoint' for name in teachers_of(path)
     ]
+    if prepared_in(path):
+        assert 'by the command that stands under prepare; type it' in said
+    if prepared_in(path) and not options:
+        return
     if not options:
         assert said.startswith('none')
         return
@@ -198,7 +217,15 @@ def test_differs_from_the_student_only_in_what_the_card_names(path):
     base = base_of(path)
     named = fields(path)['Changed besides model'].rstrip('.')
     allowed = set() if named == 'nothing' else set(named.split(', '))
-    found = set(differences(config_of(path).to_dict(), base.to_dict()))
+    found = {
+        next(
+            (one for one in allowed if f'{name}.'.startswith(f'{one}.')), name
+        )
+        for name in differences(config_of(path).to_dict(), base.to_dict())
+    }
+    if not distils(path):
+        assert found == allowed
+        return
     keys, optional = (
         {f'model.{key}' for key in names}
         for names in (OWN_KEYS, OPTIONAL_KEYS)
@@ -209,7 +236,8 @@ def test_differs_from_the_student_only_in_what_the_card_names(path):
 @EVERY
 def test_student_inside_is_the_plain_one(path):
     base = base_of(path)
-    assert config_of(path).model.type == 'mmkd.Distiller'
+    if distils(path):
+        assert config_of(path).model.type == 'mmkd.Distiller'
     plain = student_config(config_of(path).model)
     assert list(differences(plain.to_dict(), base.model.to_dict())) == []
 
@@ -262,7 +290,7 @@ def box_ap(model: dict) -> float:
 @EVERY
 def test_zoo_has_the_weights_of_teachers_and_all_results(path):
     found = []
-    for teacher in teachers_of(path).values():
+    for teacher in (*teachers_of(path).values(), *prepared_in(path)):
         (weights,) = [
             model
             for model in in_zoo(teacher.config)
@@ -447,7 +475,9 @@ def test_learns_for_two_steps_and_loads_in_the_plain_student(weights, path):
     [
         path
         for path in PATHS
-        if not teachers_in(path) and 'FoundationTerm' not in path.read_text()
+        if not teachers_in(path)
+        and 'FoundationTerm' not in path.read_text()
+        and distils(path)
     ],
     ids=lambda path: path.stem,
 )
@@ -468,6 +498,66 @@ def test_without_a_teacher_it_learns_from_the_second_step(path, hub):
     assert_backbone_learns_from(losses, student)
     plain = without_downloads(base_of(path).model)
     assert_loads_in_the_plain_student(student, plain)
+
+
+def carry_out(one: Preparation, weights: Path) -> None:
+    """A command of a config, by its own tool, on small pictures."""
+    main = runpy.run_path(str(ROOT / one.text.split()[0]))['main']
+    tiny.save_teacher(read_config(one.config).model, weights)
+    words = one.text.replace(one.checkpoint, str(weights)).split()[1:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(main.__globals__, 'read_config', shrunk)
+        assert main(words) == 0
+
+
+def shrunk(*words) -> Config:
+    """A config that resizes to 64 pixels."""
+    config = read_config(*words)
+    text = re.sub(r'\(1333, \d+\)', '(64, 64)', str(config.to_dict()))
+    return Config(ast.literal_eval(text))
+
+
+@pytest.fixture
+def coco(tmp_path, monkeypatch):
+    """Three pictures where configs look for COCO's."""
+    truth = json.loads(runs.write_coco(tmp_path, images=3).read_text())
+    truth['categories'] = [
+        dict(id=number, name=name)
+        for number, name in enumerate(CocoDataset.METAINFO['classes'], 1)
+    ]
+    folder = tmp_path / 'data' / 'coco'
+    (folder / 'annotations').mkdir(parents=True)
+    for split in ('train', 'val'):
+        file = folder / 'annotations' / f'instances_{split}2017.json'
+        file.write_text(json.dumps(truth))
+        (folder / f'{split}2017').symlink_to(tmp_path / 'images')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'path',
+    [path for path in PATHS if not distils(path)],
+    ids=lambda path: path.stem,
+)
+def test_plain_student_learns_of_what_is_prepared(path, coco):
+    init_default_scope('mmdet')
+    for one in prepared_in(path):
+        carry_out(one, coco / 'teacher.pth')
+    config = shrunk(path)
+    data = DATASETS.build(config.train_dataloader.dataset)
+    student = built(without_downloads(config.model))
+    optimiser = build_optim_wrapper(student, config.optim_wrapper)
+    for _ in range(2):
+        batch = pseudo_collate([data[0], data[1]])
+        log = student.train_step(batch, optimiser)
+        assert log['loss'].isfinite()
+        assert log['loss'] > 0
+    for one in prepared_in(path):
+        one.out.rename('elsewhere')
+    with pytest.raises(FileNotFoundError):
+        DATASETS.build(config.train_dataloader.dataset)[0]
 
 
 def built(model: ConfigDict) -> torch.nn.Module:

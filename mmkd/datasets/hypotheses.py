@@ -273,11 +273,22 @@ class HypothesisDataset:
         gt_weight: Weight of the annotations, beside 1 for the hypotheses.
         copies: Show every hypothesis of an image once an epoch, which is
             that many times as long; otherwise each visit draws one.
+        num_hypotheses: How many of the file's count, the first; all if None.
+        refresh_epochs: Take the next so many of the file after so many
+            passes over the data, and the first again after the last; the
+            same all the time if None. The file has then several times
+            ``num_hypotheses``. It is mmkd's own trainer that tells the epoch.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If its classes are not those of the set, an image is not
-            in it, it is not complete or ``gt_weight`` is negative.
+            in it, it is not complete, it holds too few hypotheses or
+            ``gt_weight`` is negative.
+
+    Reference:
+        Galiano-Jimenez et al., "Multi-Hypothesis Distillation", 2025,
+        arXiv:2507.21568, for translation. Hypotheses for images, their
+        generators and ``refresh_epochs`` are ours.
     """
 
     def __init__(
@@ -286,6 +297,8 @@ class HypothesisDataset:
         cache_file: str | Path,
         gt_weight: float = 0.0,
         copies: bool = False,
+        num_hypotheses: int | None = None,
+        refresh_epochs: int | None = None,
     ) -> None:
         if gt_weight < 0:
             raise ValueError(
@@ -303,7 +316,11 @@ class HypothesisDataset:
         dataset['filter_cfg'] = None  # it would look at the annotations
         self.dataset = DATASETS.build(dataset)
         self._metainfo = self.dataset.metainfo
+        self.epoch = 0
         self._read(cache_file)
+        self.count = num_hypotheses or self.number
+        self.refresh_epochs = refresh_epochs
+        self._check_count(cache_file)
         self.full_init()
 
     @property
@@ -343,6 +360,34 @@ class HypothesisDataset:
                 )
             )
 
+    def _check_count(self, file: str | Path) -> None:
+        groups = 1 if self.refresh_epochs is None else 2
+        if not 0 < self.count <= self.number // groups:
+            raise ValueError(
+                f'HypothesisDataset needs {groups} times '
+                f'num_hypotheses={self.count} or more, got {self.number} of '
+                f'each image in {file}. Make more of them with '
+                f'--num-hypotheses, or set a smaller num_hypotheses.'
+            )
+        if self.refresh_epochs is not None and self.refresh_epochs < 1:
+            raise ValueError(
+                f'HypothesisDataset needs refresh_epochs of 1 or more, got '
+                f'{self.refresh_epochs}. Leave it out to keep all hypotheses '
+                f'all the time.'
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say how often all of the data was drawn before."""
+        self.epoch = epoch
+
+    @property
+    def first(self) -> int:
+        """Number of the first hypothesis that counts now."""
+        if self.refresh_epochs is None:
+            return 0
+        group = self.epoch // self.refresh_epochs
+        return group % (self.number // self.count) * self.count
+
     def full_init(self) -> None:
         self.dataset.full_init()
         self._fully_initialized = True
@@ -357,21 +402,21 @@ class HypothesisDataset:
 
     @force_full_init
     def __len__(self) -> int:
-        return len(self.dataset) * (self.number if self.copies else 1)
+        return len(self.dataset) * (self.count if self.copies else 1)
 
     @force_full_init
     def get_data_info(self, index: int) -> dict:
         """Of an image, its annotations one hypothesis of the teacher."""
-        number = index % self.number if self.copies else None
-        place = index // self.number if self.copies else index
+        number = index % self.count if self.copies else None
+        place = index // self.count if self.copies else index
         info = self.dataset.get_data_info(place)
         if self.gt_weight and np.random.rand() < self.gt_weight / (
             1 + self.gt_weight
         ):
             return info
         if number is None:
-            number = np.random.randint(self.number)
-        sets = self.sets[info['img_id']][number]
+            number = np.random.randint(self.count)
+        sets = self.sets[info['img_id']][self.first + number]
         info['instances'] = [dict(one) for one in sets]
         return info
 

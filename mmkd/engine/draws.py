@@ -9,6 +9,7 @@ then go on anywhere by passing over indices, without loading a single image.
 
 from __future__ import annotations
 
+import math
 import operator
 import signal
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+from mmengine.dist import get_world_size
 from torch.utils.data import DataLoader, IterableDataset
 
 from mmkd.engine.random_state import keyed
@@ -46,17 +48,22 @@ class Draw(int):
     """An index that carries the key of its random numbers.
 
     It pickles, so that it reaches a worker as it is.
+
+    Attributes:
+        key: Of the random numbers.
+        epoch: How often all of the data was drawn before.
     """
 
     key: tuple[int, ...]
+    epoch: int
 
-    def __new__(cls, index: int, key: tuple[int, ...]) -> Draw:
+    def __new__(cls, index: int, key: tuple[int, ...], epoch: int = 0) -> Draw:
         draw = super().__new__(cls, index)
-        draw.key = key
+        draw.key, draw.epoch = key, epoch
         return draw
 
     def __reduce__(self) -> tuple:
-        return Draw, (int(self), self.key)
+        return Draw, (int(self), self.key, self.epoch)
 
 
 class NumberedBatches:
@@ -69,13 +76,15 @@ class NumberedBatches:
         place: Shared with the loader, which moves it on.
         seed: Of the training.
         rank: Of this process.
+        share: How many draws of this process are one of all data; of a
+            sampler that never ends, they are all that tells the epoch.
     """
 
     def __init__(
-        self, batches: Any, place: Place, seed: int, rank: int
+        self, batches: Any, place: Place, seed: int, rank: int, share: int
     ) -> None:
         self.batches, self.place = batches, place
-        self.seed, self.rank = seed, rank
+        self.seed, self.rank, self.share = seed, rank, share
 
     def __getattr__(self, name: str) -> Any:
         if name == 'batches':  # while it is being unpickled
@@ -113,7 +122,21 @@ class NumberedBatches:
         if not isinstance(index, (int, np.integer)):
             return index  # a video sampler's pair
         index = operator.index(index)
-        return Draw(index, (self.seed, self.rank, epoch, number, index))
+        key = (self.seed, self.rank, epoch, number, index)
+        return Draw(index, key, epoch + number // self.share)
+
+
+def tell_epoch(dataset: Any, epoch: int) -> None:
+    """Tell a data set, and those inside of it, that asks by ``set_epoch``.
+
+    It is told in the process that loads the image, before each of them.
+    """
+    if hasattr(dataset, 'set_epoch'):
+        dataset.set_epoch(epoch)
+    inner = getattr(dataset, 'dataset', None)
+    for one in (inner, *getattr(dataset, 'datasets', ())):
+        if one is not None:
+            tell_epoch(one, epoch)
 
 
 @cache
@@ -132,6 +155,7 @@ def keyed_class(plain: type) -> type:
         def __getitem__(self, index: Any) -> Any:
             if not isinstance(index, Draw):
                 return super().__getitem__(index)
+            tell_epoch(self, index.epoch)
             with keyed(*index.key):
                 return super().__getitem__(int(index))
 
@@ -205,7 +229,10 @@ def replayable(loader: DataLoader, seed: int, rank: int = 0) -> DataLoader:
     place = Place()
     name = 'sampler' if loader.batch_sampler is None else 'batch_sampler'
     if not isinstance(loader.dataset, IterableDataset):
-        numbered = NumberedBatches(getattr(loader, name), place, seed, rank)
+        share = math.ceil(max(len(loader.dataset), 1) / get_world_size())
+        numbered = NumberedBatches(
+            getattr(loader, name), place, seed, rank, share
+        )
         # torch refuses to exchange a sampler, because that would be too late
         # for a loader that has been iterated; this one has not.
         object.__setattr__(loader, name, numbered)

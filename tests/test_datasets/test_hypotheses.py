@@ -218,6 +218,43 @@ def test_a_visit_draws_one_hypothesis_and_never_the_truth(files):
     assert seen.count([0]) + seen.count([1]) == 100
 
 
+def test_the_first_of_the_file_are_enough(files):
+    data = dataset(files, copies=True, num_hypotheses=1)
+    assert [labels(data.get_data_info(place)) for place in (0, 1)] == [
+        [0],
+        [1],
+    ]
+    data = dataset(files, num_hypotheses=1)
+    seen = [labels(data.get_data_info(1)) for _ in range(20)]
+    assert seen == [[1]] * 20
+
+
+def test_hypotheses_are_renewed_after_so_many_epochs(files):
+    data = dataset(files, num_hypotheses=1, refresh_epochs=2)
+    seen = []
+    for epoch in range(6):
+        data.set_epoch(epoch)
+        seen += labels(data.get_data_info(1))
+    assert seen == [1, 1, 0, 0, 1, 1]
+    data = dataset(files, num_hypotheses=1, refresh_epochs=1, copies=True)
+    data.set_epoch(1)
+    assert [labels(data.get_data_info(place)) for place in (0, 1)] == [[], [0]]
+
+
+def test_each_visit_draws_from_the_present_ones_alone(files):
+    path = files / 'cache.json'
+    cache = json.loads(path.read_text())
+    sets = [boxes((2, 4, 12, 14, 1, number % 3)) for number in range(4)]
+    cache['annotations'] = annotations(9, sets, 0, range(9))
+    cache['info']['num_hypotheses'] = 4
+    write_cache(path, cache)
+    data = dataset(files, num_hypotheses=2, refresh_epochs=1)
+    for epoch, wanted in enumerate(({0, 1}, {2, 0}, {0, 1})):
+        data.set_epoch(epoch)
+        seen = {labels(data.get_data_info(1))[0] for _ in range(30)}
+        assert seen == wanted
+
+
 def test_the_truth_has_its_share_of_the_visits(files):
     data = dataset(files, gt_weight=0.5)
     np.random.seed(0)
@@ -251,6 +288,21 @@ def test_a_file_that_does_not_fit_is_refused(files, change, said):
     write_cache(path, {**json.loads(path.read_text()), **change})
     with pytest.raises(ValueError, match=said):
         dataset(files)
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(num_hypotheses=3),
+        dict(num_hypotheses=-1),
+        dict(num_hypotheses=2, refresh_epochs=1),
+        dict(refresh_epochs=1),
+        dict(num_hypotheses=1, refresh_epochs=0),
+    ],
+)
+def test_more_than_the_file_holds_is_refused(files, settings):
+    with pytest.raises(ValueError, match=r'num_hypotheses|refresh_epochs'):
+        dataset(files, **settings)
 
 
 def test_wrong_settings_are_refused(files):

@@ -6,10 +6,11 @@ import pytest
 import runs
 import torch
 from mmdet.datasets import CocoDataset
-from mmengine.dataset import DefaultSampler, pseudo_collate
+from mmengine.dataset import DefaultSampler, InfiniteSampler, pseudo_collate
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import (
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -48,8 +49,8 @@ def loader(workers=0, sampler=None, **settings):
 
 
 def test_a_draw_is_its_index_and_keeps_its_key_in_a_worker():
-    draw = pickle.loads(pickle.dumps(Draw(4, (1, 2, 3))))
-    assert (draw, draw.key) == (4, (1, 2, 3))
+    draw = pickle.loads(pickle.dumps(Draw(4, (1, 2, 3), 5)))
+    assert (draw, draw.key, draw.epoch) == (4, (1, 2, 3), 5)
     assert [10, 11, 12, 13, 14][draw] == 14
 
 
@@ -83,6 +84,41 @@ def test_passes_differ_and_repeat():
     later = loader()
     later.go_to(Place(1, 0))
     assert list(later) == second
+
+
+class Epochs(Dataset):
+    """Its index, and the epoch that it was told."""
+
+    def __len__(self):
+        return 5
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        return self.epoch
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('nested', [False, True])
+def test_a_data_set_is_told_the_epoch_wherever_it_is(workers, nested):
+    data = ConcatDataset([Epochs()]) if nested else Epochs()
+    sampler = DefaultSampler(data)
+    settings = dict(num_workers=workers, persistent_workers=workers > 0)
+    passes = replayable(DataLoader(data, 2, sampler=sampler, **settings), 0)
+    told = [torch.cat(list(passes)).tolist() for _ in range(2)]
+    assert told == [[0] * 5, [1] * 5]
+    passes.go_to(Place(7, 1))
+    assert torch.cat(list(passes)).tolist() == [7] * 3
+
+
+def test_of_an_endless_sampler_the_epoch_is_told_by_the_draws():
+    data = Epochs()
+    passes = replayable(DataLoader(data, 2, sampler=InfiniteSampler(data)), 0)
+    passes.go_to(Place(0, 2))
+    batches = iter(passes)
+    told = torch.cat([next(batches) for _ in range(4)]).tolist()
+    assert told == [0, 1, 1, 1, 1, 1, 2, 2]
 
 
 def test_an_image_drawn_twice_in_a_pass_differs():

@@ -104,6 +104,19 @@ PAPERS = {
         'test_terms/test_one.py',
         {'U1': 'it has no teacher', 'U7': 'it has no teacher'},
     ),
+    'MHD': Paper(
+        'mhd',
+        '2507.21568',
+        'test_datasets/test_hypotheses.py',
+        {
+            'U1': 'its teacher has spoken before, see test_papers/test_mhd.py',
+            'U2': 'it has no term: its labels are what is distilled',
+            'U3': 'its model is the plain student',
+            'U4': 'it has no term: its losses are those of the detector',
+            'U5': 'its model is the plain student',
+            'U7': 'other weights are another file, see test_mhd.py',
+        },
+    ),
     'MMKD': Paper(
         'mmkd-meta', '2306.06634', 'test_terms/test_meta_teachers.py'
     ),
@@ -144,11 +157,12 @@ def built(paper, weights):
 
 
 @pytest.fixture
-def student(built, paper, request, hub):
+def student(paper, request, hub):
     """In the middle of a phase with terms; skipped where excused."""
     shared = request.function.__name__.split('_')[1].upper()
     if shared in paper.excused:
         pytest.skip(f'{shared}: {paper.excused[shared]}')
+    built = request.getfixturevalue('built')
     go_to(hub, moment(built.phases))
     return copy.deepcopy(built)
 
