@@ -10,6 +10,7 @@ teacher before the training, under ``prepare``.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import hashlib
 import math
 import os
@@ -181,7 +182,7 @@ def shares(terms: Mapping[str, Mapping], group: str = '') -> list[str]:
 
 
 def rising(terms: Mapping[str, Mapping], group: str = '') -> list[str]:
-    """Names of the shares that begin near 0, as their terms say.
+    """Patterns of the shares that begin near 0, as their terms say.
 
     Example:
         >>> rising({'own': {'terms': {'one': {'type': 'mmkd.OneTerm'}}}})
@@ -443,28 +444,37 @@ class Outcome:
 
         Args:
             terms: Names that must be in the log, or begin one that is.
-            rising: Shares that begin near 0 and need not fall, but are
-                logged and above 0.
+            rising: Patterns of shares that begin near 0 and need not fall,
+                but are logged and above 0.
         """
         found = [] if self.finite else ['a number is not finite']
         found += [
             f'{name} is not logged'
-            for name in (*terms, *rising)
+            for name in terms
             if not any(_begins(key, name) for key in self.shares)
+        ]
+        found += [
+            f'{name} is not logged'
+            for name in rising
+            if not fnmatch.filter(self.shares, name)
         ]
         found += [
             f'{name} does not fall'
             for name, (first, last) in self.shares.items()
-            if name not in rising and not last < first
+            if not _matches(name, rising) and not last < first
         ]
         found += [
             f'{name} is not above 0'
             for name, quarters in self.shares.items()
-            if name in rising and not all(one > 0 for one in quarters)
+            if _matches(name, rising) and not all(one > 0 for one in quarters)
         ]
         if self.seconds >= SECONDS:
             found.append(f'longer than {SECONDS:.0f} s')
         return found
+
+
+def _matches(share: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(share, one) for one in patterns)
 
 
 def _begins(share: str, term: str) -> bool:
@@ -501,7 +511,7 @@ class Finding:
         outcomes: Of the seeds that were trained to the end.
         problems: What speaks against it, each once.
         complete: Whether every seed was.
-        rising: Its shares that begin near 0.
+        rising: Patterns of its shares that begin near 0.
     """
 
     path: Path
@@ -591,7 +601,7 @@ def _rows(finding: Finding) -> Iterator[str]:
     seconds = max((one.seconds for one in finding.outcomes), default=0)
     for number, (name, quarters) in enumerate(found.items()):
         first, last = (fmean(values) for values in zip(*quarters))
-        if name in finding.rising:
+        if _matches(name, finding.rising):
             name += ' (from 0)'
         cells = (name, f'{first:.3g}', f'{last:.3g}')
         if number:

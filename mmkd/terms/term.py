@@ -31,8 +31,8 @@ class Term(nn.Module, ABC):
             if None.
 
     Attributes:
-        from_nothing: Parts that compare what begins alike, so that they
-            begin near 0 and rise before they can fall.
+        from_nothing: Patterns of parts that compare what begins alike, so
+            that they begin near 0 and rise before they can fall.
     """
 
     from_nothing: ClassVar[tuple[str, ...]] = ()

@@ -160,6 +160,8 @@ def test_what_begins_at_0_may_rise_but_must_be_there():
     assert said == ['one_distil is not above 0']
     missing = outcome(one_task=(2.0, 1.0)).problems(['one'], ['one_distil'])
     assert missing == ['one_distil is not logged']
+    peers = outcome(p2p_b_teacher=(0.1, 2.0), p2p_b_task=(2.0, 1.0))
+    assert peers.problems(['p2p'], ['p2p_*_teacher']) == []
 
 
 def test_terms_say_which_of_their_parts_begin_at_0():
