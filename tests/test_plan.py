@@ -239,7 +239,9 @@ def test_a_teacher_that_is_not_there_is_named_at_once(files):
 # A detector that nobody has seen ---------------------------------------------
 
 
-def test_a_detector_of_the_user_s_own_learns(files):
+@pytest.fixture
+def own():
+    """A detector whose kinds no package knows; small images are refused."""
     from mmdet.models import FPN, RetinaHead, RetinaNet
 
     class Tower(RetinaHead):
@@ -249,20 +251,31 @@ def test_a_detector_of_the_user_s_own_learns(files):
         pass
 
     class Own(RetinaNet):
-        pass
+        def extract_feat(self, images):
+            if images.shape[-1] < 300:
+                raise RuntimeError('selected index k out of range')
+            return super().extract_feat(images)
 
     kinds = (Tower, Pyramid, Own)
     for kind in kinds:
         DETECTORS.register_module(module=kind)
-    try:
-        model = tiny.retinanet()
-        model.type = 'Own'
-        model.neck.type, model.bbox_head.type = 'Pyramid', 'Tower'
-        found = plan(*files(student=model))
-        assert len([row for row in found.rows if row[0]]) == 2
-    finally:
-        for kind in kinds:
-            del DETECTORS._module_dict[kind.__name__]
+    model = tiny.retinanet()
+    model.type = 'Own'
+    model.neck.type, model.bbox_head.type = 'Pyramid', 'Tower'
+    yield model
+    for kind in kinds:
+        del DETECTORS._module_dict[kind.__name__]
+
+
+def test_a_detector_of_the_user_s_own_learns(files, own):
+    found = plan(*files(student=own))
+    assert [row[0] for row in found.rows if row[0]] == [
+        'default.pkd',
+        'default.cwd_scores',
+    ]
+    # By a larger image, as the smallest one is refused.
+    assert [row[3] for row in found.rows[:5]] == ['8', '16', '32', '64', '128']
+    assert '384 x 384' in found.notes[-1]
 
 
 # The file --------------------------------------------------------------------
