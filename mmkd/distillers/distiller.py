@@ -33,8 +33,8 @@ from mmkd.taps import Record, in_forward, recording
 from mmkd.teachers import Teacher, Teachers, run_detector
 
 #: Sides of the random image on which pairs are checked while the model is
-#: built, pixels: multiples of the stride 128; the larger one for detectors that need
-#: it, such as those that choose hundreds of queries among the cells.
+#: built, pixels: multiples of the stride 128. The larger one is for detectors
+#: that need it, such as those that choose hundreds of queries among the cells.
 CHECK_SIZES = (128, 384)
 
 
