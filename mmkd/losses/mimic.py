@@ -13,6 +13,9 @@ from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth
 
 REDUCTIONS = ('mean', 'sum')
+DISTANCES = dict(
+    squared=F.mse_loss, absolute=F.l1_loss, smooth=F.smooth_l1_loss
+)
 
 
 def mimic_loss(
@@ -20,8 +23,9 @@ def mimic_loss(
     teacher: Tensor,
     reduction: str = 'mean',
     normalise: bool = False,
+    distance: str = 'squared',
 ) -> Tensor:
-    r"""Squared difference of two maps, :math:`(S - T)^2`.
+    r"""Difference of two maps, squared: :math:`(S - T)^2`.
 
     Args:
         student: Map of one level, (N, C, H, W).
@@ -31,6 +35,9 @@ def mimic_loss(
         normalise: Divide the vector at each location by its length over the
             channels first. The sum over channels is then
             :math:`2 - 2\cos(S, T)`, which ignores scale.
+        distance: ``'squared'``, ``'absolute'``, :math:`|S - T|`, or
+            ``'smooth'``, half the square of a difference below 1 and of
+            others the absolute one less 1/2, as of offsets of boxes.
 
     Returns:
         Scalar, computed in float32.
@@ -47,10 +54,11 @@ def mimic_loss(
     """
     check_same_shape('MimicLoss', student, teacher)
     check_name('MimicLoss', 'reduction', reduction, REDUCTIONS)
+    check_name('MimicLoss', 'distance', distance, DISTANCES)
     student, teacher = as_float(student), as_float(teacher)
     if normalise:
         student, teacher = unit(student, dim=1), unit(teacher, dim=1)
-    loss = F.mse_loss(student, teacher, reduction=reduction)
+    loss = DISTANCES[distance](student, teacher, reduction=reduction)
     return loss / len(student) if reduction == 'sum' else loss
 
 
@@ -72,16 +80,19 @@ class MimicLoss(nn.Module):
         loss_weight: float = 1.0,
         reduction: str = 'mean',
         normalise: bool = False,
+        distance: str = 'squared',
     ) -> None:
         super().__init__()
         check_name('MimicLoss', 'reduction', reduction, REDUCTIONS)
+        check_name('MimicLoss', 'distance', distance, DISTANCES)
         self.loss_weight = loss_weight
         self.reduction = reduction
         self.normalise = normalise
+        self.distance = distance
 
     def forward(
         self, student: Tensor, teacher: Tensor, gt: GroundTruth | None = None
     ) -> Tensor:
         return self.loss_weight * mimic_loss(
-            student, teacher, self.reduction, self.normalise
+            student, teacher, self.reduction, self.normalise, self.distance
         )

@@ -17,6 +17,23 @@ def test_a_constant_gap_costs_its_square():
     assert mimic_loss(gap, teacher, 'sum') == 1.5**2 * 3 * 4 * 5
 
 
+@pytest.mark.parametrize(
+    ('distance', 'mean'),
+    [
+        ('squared', (0.25 + 9 + 0 + 1) / 4),
+        ('absolute', (0.5 + 3 + 0 + 1) / 4),
+        ('smooth', (0.125 + 2.5 + 0 + 0.5) / 4),
+    ],
+)
+def test_distances_by_hand(distance, mean):
+    teacher = torch.tensor([1.0, 2, 3, 4]).view(1, 1, 2, 2)
+    gap = torch.tensor([0.5, -3, 0, 1]).view(1, 1, 2, 2)
+    loss = MimicLoss(2.0, distance=distance)
+    assert loss(teacher + gap, teacher).item() == pytest.approx(2 * mean)
+    total = mimic_loss(teacher + gap, teacher, 'sum', distance=distance)
+    assert total.item() == pytest.approx(4 * mean)
+
+
 def test_sum_is_the_mean_times_the_elements_of_one_image(maps):
     torch.testing.assert_close(
         mimic_loss(*maps, 'sum'), mimic_loss(*maps) * 8 * 4 * 5
@@ -71,6 +88,8 @@ def test_module_multiplies_by_its_weight(maps):
 def test_a_misspelt_reduction_fails_at_build():
     with pytest.raises(ValueError, match="Did you mean 'mean'"):
         MimicLoss(reduction='meen')
+    with pytest.raises(ValueError, match="Did you mean 'smooth'"):
+        MimicLoss(distance='smoth')
 
 
 def test_channel_mismatch_names_the_fix(maps):

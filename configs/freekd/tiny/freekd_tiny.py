@@ -19,5 +19,12 @@ model = dict(
             ),
             learn_until=1.0,
         ),
+        boxes=dict(
+            type='mmkd.FeatureTerm',
+            teacher='big',
+            tap='bbox_head',
+            output=1,
+            loss=dict(type='mmkd.MimicLoss', distance='smooth'),
+        ),
     ),
 )

@@ -14,5 +14,12 @@ model = dict(
             loss=dict(type='mmkd.MasKDLoss', channels=32),
             learn_until=1.0,
         ),
+        boxes=dict(
+            type='mmkd.FeatureTerm',
+            teacher='big',
+            tap='bbox_head',
+            output=1,
+            loss=dict(type='mmkd.MimicLoss', distance='absolute'),
+        ),
     ),
 )
