@@ -10,6 +10,7 @@ import torch
 
 from mmkd.analysis.box_draws import BoxDraws
 from mmkd.datasets.hypotheses import Boxes
+from mmkd.terms.decoding import decode
 
 SIZE = (112, 96)  # width, height
 
@@ -55,6 +56,44 @@ def test_each_side_lies_on_a_bin_of_its_cell(heard):
     assert apart[free].max() < 1e-3
     assert boxes.min() >= 0
     assert (boxes.max((0, 1)) <= np.tile(SIZE, 2)).all()
+
+
+def test_sides_of_coarse_cells_move_by_their_own_stride(heard):
+    draws, _, sample = heard
+    scores, maps = draws._said
+    boxes = decode(draws.head, maps)[1][0, 0].flatten(1).T.numpy()
+    size = np.tile(SIZE, 2)
+    found = Boxes(
+        boxes.clip(0, size) / np.tile(sample.scale_factor, 2),
+        scores[1][0, 0].sigmoid().flatten().numpy(),
+        np.zeros(len(boxes), int),
+    )
+    drawn = draws.draw(found, sample, rng(), 1.0, 20)
+    free, boxes = inside(drawn, sample)
+    assert free.sum() > 100
+    assert abs(boxes - 16 * np.round(boxes / 16))[free].max() < 1e-3
+
+
+def test_of_cells_with_one_box_the_score_tells_which(heard):
+    draws, _, sample = heard
+    scores, maps = draws._said
+    logits = maps[0][0].unflatten(0, (4, -1))[:, :, 2]
+    logits.fill_(-1e3)
+    # From x = 16 one to the left and two to the right, surely; from x = 24
+    # one or three to the left and one to the right.
+    for cell, side, bins in (
+        *((2, 0, [1]), (2, 2, [2]), (3, 0, [1, 3]), (3, 2, [1])),
+        *((cell, side, [1]) for cell in (2, 3) for side in (1, 3)),
+    ):
+        logits[side, bins, cell] = 0
+    scores[0][0, 0, 2, 2:4] = torch.tensor([-3.0, 2.0])
+    box = np.array([[8, 8, 32, 24]]) / np.tile(sample.scale_factor, 2)
+    for logit, sides in ((-3.0, {8}), (2.0, {0, 16})):
+        sure = torch.tensor([logit]).sigmoid().numpy()
+        found = Boxes(box, sure, np.zeros(1, int))
+        drawn = draws.draw(found, sample, rng(), 1.0, 50)
+        left = drawn[:, 0, 0] * sample.scale_factor[0]
+        assert set(left.round(6).tolist()) == sides
 
 
 def test_the_mean_of_many_is_the_box_that_is_found(heard):
