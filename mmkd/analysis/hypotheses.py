@@ -8,7 +8,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
+from mmkd.analysis.box_draws import BoxDraws
 from mmkd.compat.checkpoint import check_file
 from mmkd.configs import read_config
 from mmkd.datasets.hypotheses import (
@@ -36,7 +38,7 @@ from mmkd.teachers import Teacher
 EVERY = 60.0
 #: Settings that say which file it is; others change nothing in it.
 SETTINGS = ('generator', 'num_hypotheses', 'score_thr', 'temperature')
-SETTINGS += ('jitter', 'dropout', 'seed')
+SETTINGS += ('jitter', 'bins', 'dropout', 'seed')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--score-thr', type=float, default=0.3)
     parser.add_argument('--temperature', type=float, default=1.0)
     parser.add_argument('--jitter', type=float, default=0.0)
+    parser.add_argument(
+        '--bins',
+        action='store_true',
+        help="draw boxes from the distributions of a GFL's head, too",
+    )
     parser.add_argument('--dropout', type=float, default=0.1)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--device', default='cpu')
@@ -219,6 +226,13 @@ def _describer(
     options: argparse.Namespace, teachers: Sequence[Teacher], classes: int
 ) -> Callable[[dict, int], list[Boxes]]:
     number, low = options.num_hypotheses, options.score_thr
+    drawn = options.generator in DRAWN
+    if options.bins and not drawn:
+        raise ValueError(
+            f'make_hypotheses.py --bins draws boxes, but --generator '
+            f'{options.generator} draws nothing. Choose sample or mbr.'
+        )
+    draws = BoxDraws(teachers[0].detector) if options.bins else None
 
     def describe(data: dict, image: int) -> list[Boxes]:
         seed = np.random.SeedSequence([options.seed, image])
@@ -226,19 +240,27 @@ def _describer(
             with dropping(teachers[0].detector, options.dropout, seed):
                 found = [find(teachers[0], data) for _ in range(number)]
             return [nbest(one, 1, low)[0] for one in found]
-        found = [find(teacher, data) for teacher in teachers]
         if options.generator == 'checkpoints':
+            found = [find(teacher, data) for teacher in teachers]
             return [nbest(one, 1, low)[0] for one in found]
-        drawn = options.generator in DRAWN
+        random, boxes = np.random.default_rng(seed), None
+        with draws.listening() if draws else nullcontext():
+            found = find(teachers[0], data)
+        if draws:
+            sample = data['data_samples']
+            boxes = partial(
+                draws.draw, found, sample, random, options.temperature
+            )
         return generate(
-            found[0],
+            found,
             options.generator,
             number,
             classes,
-            np.random.default_rng(seed) if drawn else None,
+            random if drawn else None,
             low,
             options.temperature,
             options.jitter,
+            boxes,
         )
 
     return describe

@@ -13,7 +13,7 @@ Reference:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,12 +77,20 @@ def candidates(
         Boxes of every candidate and class, (N, K, 4), that of the best class
         where a class has none, and their scores, (N, K).
     """
-    found = found.at(found.scores > 0)
+    places, scores = _members(found, classes, iou_thr)
+    return found.boxes[places], scores
+
+
+def _members(
+    found: Boxes, classes: int, iou_thr: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
+    """Likewise, with the places of the boxes, (N, K)."""
     order = np.argsort(-found.scores, kind='stable')
+    order = order[found.scores[order] > 0]
     found = found.at(order)
     near = bbox_overlaps(found.boxes, found.boxes) >= iou_thr
     free = np.ones(len(order), bool)
-    boxes, scores = [], []
+    places, scores = [], []
     for index in range(len(order)):
         if not free[index]:
             continue
@@ -90,15 +98,15 @@ def candidates(
         members = np.flatnonzero(near[index] & free)
         free[members] = False
         score = np.zeros(classes)
-        box = np.repeat(found.boxes[index][None], classes, 0)
+        place = np.full(classes, order[index])
         for member in members[::-1]:  # the best of a class is the last
             score[found.labels[member]] = found.scores[member]
-            box[found.labels[member]] = found.boxes[member]
-        boxes.append(box)
+            place[found.labels[member]] = order[member]
+        places.append(place)
         scores.append(score)
-    if not boxes:
-        return np.zeros((0, classes, 4)), np.zeros((0, classes))
-    return np.stack(boxes), np.stack(scores)
+    if not places:
+        return np.zeros((0, classes), int), np.zeros((0, classes))
+    return np.stack(places), np.stack(scores)
 
 
 def sample(
@@ -108,6 +116,7 @@ def sample(
     random: np.random.Generator,
     temperature: float = 1.0,
     jitter: float = 0.0,
+    boxes: np.ndarray | None = None,
 ) -> list[Boxes]:
     """Sets drawn from the teacher's probabilities.
 
@@ -123,8 +132,12 @@ def sample(
         random: Source of the draws.
         temperature: Above 0; 1 draws from the teacher's own probabilities.
         jitter: Deviation of each coordinate, of the box's sides.
+        boxes: Those of each hypothesis, (number, N, 4); of what is found if
+            None.
     """
-    boxes, scores = candidates(found, classes)
+    places, scores = _members(found, classes)
+    if boxes is None:
+        boxes = np.broadcast_to(found.boxes, (number, *found.boxes.shape))
     best = scores.max(1, initial=0).clip(1e-6, 1 - 1e-6)
     logit = np.log(best / (1 - best)) / temperature
     present = 1 / (1 + np.exp(-logit.clip(-500, 500)))
@@ -135,13 +148,13 @@ def sample(
     shares /= shares.sum(1, keepdims=True)
     sums = shares.cumsum(1)
     sets = []
-    for _ in range(number):
+    for drawn_boxes in boxes:
         here = random.random(len(best)) < present
         drawn = (random.random((len(best), 1)) >= sums).sum(1)
         drawn = drawn.clip(max=classes - 1)
         noise = random.standard_normal((len(best), 4))
         rows = np.arange(len(best))
-        box = boxes[rows, drawn]
+        box = drawn_boxes[places[rows, drawn]]
         sides = np.tile(box[:, 2:] - box[:, :2], 2)
         box = box + jitter * sides * noise
         one = Boxes(box, scores[rows, drawn], drawn)
@@ -191,10 +204,13 @@ def generate(
     score_thr: float = 0.3,
     temperature: float = 1.0,
     jitter: float = 0.0,
+    boxes: Callable[[int], np.ndarray] | None = None,
 ) -> list[Boxes]:
     """Hypotheses of one image, by the name of the generator.
 
-    ``mbr`` keeps the best of a pool four times as large.
+    ``mbr`` keeps the best of a pool four times as large. ``boxes`` draws all
+    that is found so many times, where it is not to be drawn by ``jitter``
+    alone.
 
     Raises:
         ValueError: If there is no such generator, or no hypothesis is asked.
@@ -209,7 +225,8 @@ def generate(
     if generator == 'nbest':
         return nbest(found, number, score_thr)
     pool = number if generator == 'sample' else 4 * number
-    sets = sample(found, pool, classes, random, temperature, jitter)
+    drawn = None if boxes is None else boxes(pool)
+    sets = sample(found, pool, classes, random, temperature, jitter, drawn)
     return sets if generator == 'sample' else mbr(sets, number)
 
 

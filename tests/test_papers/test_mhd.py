@@ -128,3 +128,22 @@ def test_another_teacher_says_something_else(said):
     assert describe(said) == before
     teach(said, seed=8)
     assert describe(said) != before
+
+
+def test_boxes_are_drawn_from_the_bins_of_the_head(said, capsys):
+    def sides(sets):
+        return {
+            x
+            for one in sets.values()
+            for rows in one.values()
+            for x, _ in rows
+        }
+
+    found, drawn = sides(describe(said)), sides(describe(said, '--bins'))
+    # Cells lie at multiples of the strides, and bins as far apart.
+    assert all(x % 8 == 0 for x in drawn)
+    assert len(drawn) > 5
+    assert not all(x % 8 == 0 for x in found)
+    words = [*said.text.split()[1:], '--bins', '--generator', 'nbest']
+    assert main(words) == 1
+    assert 'Choose sample or mbr' in capsys.readouterr().err
