@@ -21,13 +21,13 @@ from torch import Tensor
 from mmkd.analysis.offline import (
     EVERY,
     add_images,
+    check_weights,
     command,
     fingerprint,
     goes_on,
     images_of,
     loaded,
 )
-from mmkd.compat.checkpoint import check_file
 from mmkd.configs import read_config
 from mmkd.datasets.attribution import INDEX, map_file
 from mmkd.files import check_free, whole
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=WHO, description=__doc__)
     parser.add_argument('config', help="the teacher's config")
-    parser.add_argument('checkpoint', help='its weights')
+    parser.add_argument('checkpoint', help='its weights, a file or an address')
     parser.add_argument('--out', required=True, help='the folder of the maps')
     parser.add_argument(
         '--steps', type=int, default=32, help='points of the path'
@@ -96,7 +96,7 @@ def make(options: argparse.Namespace) -> None:
                 f'{WHO} needs --{name} of 1 or more, got '
                 f'{getattr(options, name)}. Leave it out for the default.'
             )
-    check_file(options.checkpoint, WHO)
+    check_weights(WHO, [options.checkpoint])
     init_default_scope('mmdet')
     config = read_config(options.config, WHO)
     dataset = images_of(config, options)

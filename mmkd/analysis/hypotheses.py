@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from mmkd.analysis.offline import (
     EVERY,
     add_images,
+    check_weights,
     command,
     fingerprint,
     goes_on,
     images_of,
     loaded,
 )
-from mmkd.compat.checkpoint import check_file
 from mmkd.configs import read_config
 from mmkd.datasets.hypotheses import (
     DRAWN,
@@ -87,9 +87,7 @@ def make(options: argparse.Namespace) -> None:
             f'{len(several)}. Name one for each hypothesis with checkpoints, '
             f'and one alone with any other generator.'
         )
-    for file in several:
-        if '://' not in file:
-            check_file(file, 'make_hypotheses.py')
+    check_weights('make_hypotheses.py', several)
     init_default_scope('mmdet')
     config = read_config(options.config, 'make_hypotheses.py')
     dataset = images_of(config, options)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from mmdet.registry import DATASETS
 
+from mmkd.compat.checkpoint import check_file
 from mmkd.teachers import Teacher
 
 #: Seconds between two times that progress is told.
@@ -46,6 +47,22 @@ def add_images(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='begin anew if --out was made otherwise',
     )
+
+
+def check_weights(who: str, files: Sequence[str]) -> None:
+    """Fail before anything is built if weights are nowhere.
+
+    Args:
+        who: Name of the tool, for messages.
+        files: Each a file, or an address from which it is fetched later.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        CheckpointError: If it is empty, cut off, or no checkpoint.
+    """
+    for file in files:
+        if '://' not in file:
+            check_file(file, who)
 
 
 def images_of(config: Any, options: argparse.Namespace) -> Any:

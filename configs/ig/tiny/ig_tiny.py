@@ -2,12 +2,9 @@
 
 _base_ = '../../_base_/tiny/gfl.py'
 
-#: Where the teacher's attribution maps are put, and looked for.
-maps = 'work_dirs/tiny/attributions/gfl'
-#: What is done before the training.
 prepare = [
     f'tools/attribute.py {_base_.teacher.config} {_base_.teacher.checkpoint} '
-    f'--out {maps} --overwrite-if-changed'
+    f'--out work_dirs/tiny/attribution_gfl --overwrite-if-changed'
 ]
 
 train_dataloader = dict(
@@ -15,7 +12,10 @@ train_dataloader = dict(
         pipeline=[
             dict(type='LoadImageFromFile'),
             dict(type='LoadAnnotations', with_bbox=True),
-            dict(type='mmkd.LoadIGMap', ig_dir=maps),
+            dict(
+                type='mmkd.LoadIGMap',
+                ig_dir='work_dirs/tiny/attribution_gfl',
+            ),
             dict(type='RandomFlip', prob=0.5),
             dict(type='mmkd.IGOverlay', prob=0.1, alpha=0.5, power=(1, 2)),
             dict(
