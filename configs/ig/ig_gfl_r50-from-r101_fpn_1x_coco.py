@@ -7,19 +7,19 @@ Trained by us: no.
 Read: what the authors' code does
     (https://github.com/nordlinglab/ModelCompression-IntegratedGradients) in a
     summary of it, for classifiers (arXiv:2503.13008); not the paper. From it
-    are share, strength and power of the overlay, steps of the path, and the
-    temperature of classes; the weights are not.
+    are share, strength and power of the overlay and the temperature of
+    classes; the weights are not.
 Schedule: 12 epochs of 16 images a step (8 GPUs x 2) at learning rate 0.01;
     with another number of images add --auto-scale-lr.
 Changed besides model: prepare, train_dataloader.dataset.pipeline.
 Teacher's weights: MMDetection's zoo, downloaded at the start and by the
     command that stands under prepare; type it first, behind python. Or your
     file there, and here: --cfg-options model.teachers.r101.checkpoint=FILE
-Notes: the maps take 32 passes forth and back an image, about a training of
-    the teacher for 16 epochs; --device cuda. Their authors weigh the teacher
-    by 0.01, with targets that seem to be of other images. Here the teacher
-    sees each image as the student does, less the map; the weights of both
-    terms are untuned.
+Notes: the maps take 32 passes forth and back an image, about what 20 epochs
+    of training cost the teacher; add --device cuda. The authors weigh the
+    teacher by 0.01, with targets that seem to be of other images. Here it sees
+    each image as the student does, less the map; the weights of both terms are
+    untuned.
 """
 
 _base_ = 'mmdet::gfl/gfl_r50_fpn_1x_coco.py'
