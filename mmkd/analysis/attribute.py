@@ -112,11 +112,6 @@ def make(options: argparse.Namespace) -> None:
         map_file(options.out, dataset.get_data_info(index)['img_id'])
         for index in range(len(dataset))
     ]
-    if len(set(files)) < len(files):
-        raise ValueError(
-            f'{WHO} needs images of different ids, but of {len(files)} only '
-            f'{len(set(files))} differ. Number the images of the annotations.'
-        )
     _begin(options, info, files)
     told = time.monotonic()
     for index, file in enumerate(files):

@@ -205,9 +205,7 @@ def test_a_pixel_by_hand(maps):
     for place, value in (((0, 0), 1.0), ((0, -1), 0.25), ((-1, 0), 1 / 16)):
         wanted = 0.75 * image[place] + 0.25 * 255 * value
         np.testing.assert_allclose(found[place], wanted, atol=0.51)
-    np.testing.assert_allclose(
-        found[-1, -1], 0.75 * image[-1, -1], atol=0.51
-    )
+    np.testing.assert_allclose(found[-1, -1], 0.75 * image[-1, -1], atol=0.51)
 
 
 def test_floats_stay_floats_and_are_not_rounded(maps):
@@ -326,9 +324,7 @@ def test_it_is_not_kept_unasked_or_twice(maps):
 )
 def test_the_map_is_laid_over_in_training_alone(path):
     config = read_config(path)
-    types = [
-        one['type'] for one in config.train_dataloader.dataset.pipeline
-    ]
+    types = [one['type'] for one in config.train_dataloader.dataset.pipeline]
     assert types[0] == 'LoadImageFromFile'
     assert types.index('mmkd.LoadIGMap') < types.index('RandomFlip')
     assert types[-2:] == ['mmkd.IGOverlay', 'PackDetInputs']
