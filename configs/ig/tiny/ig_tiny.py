@@ -7,51 +7,31 @@ prepare = [
     f'--out work_dirs/tiny/attribution_gfl --overwrite-if-changed'
 ]
 
-train_dataloader = dict(
-    dataset=dict(
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations', with_bbox=True),
-            dict(
-                type='mmkd.LoadIGMap',
-                ig_dir='work_dirs/tiny/attribution_gfl',
-            ),
-            dict(type='RandomFlip', prob=0.5),
-            dict(type='mmkd.IGOverlay', prob=0.1, alpha=0.5, power=(1, 2)),
-            dict(
-                type='PackDetInputs',
-                meta_keys=(
-                    *('img_id', 'img_path', 'ori_shape', 'img_shape'),
-                    *('scale_factor', 'flip', 'flip_direction'),
-                    'teacher_img',  # without the map
-                ),
-            ),
-        ]
-    )
-)
+maps = dict(type='mmkd.LoadIGMap', ig_dir='work_dirs/tiny/attribution_gfl')
+overlay = dict(type='mmkd.IGOverlay', prob=0.1, alpha=0.5, power=(1, 2))
+keys = ['img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor']
+keys += ['flip', 'flip_direction', 'teacher_img']  # the image without the map
+pack = dict(type='PackDetInputs', meta_keys=keys)
+
+pipeline = [*_base_.train_pipeline[:2], maps, _base_.train_pipeline[2]]
+pipeline += [overlay, pack]
+train_dataloader = dict(dataset=dict(pipeline=pipeline))
+
+target = dict(type='mmkd.FeatureTerm', teacher='big', tap='bbox_head')
 model = dict(
     type='mmkd.Distiller',
     student=_base_.model.type,
     teachers=dict(big=_base_.teacher),
     terms=dict(
         cls=dict(
-            type='mmkd.FeatureTerm',
-            teacher='big',
-            tap='bbox_head',
+            **target,
             output=0,
             loss=dict(
-                type='mmkd.SoftTargetLoss',
-                num_classes=6,
-                activation='sigmoid',
-                temperature=2.5,
-                weight_by='teacher',
-                loss_weight=1.0,
+                type='mmkd.SoftTargetLoss', num_classes=6, temperature=2.5
             ),
         ),
         box=dict(
-            type='mmkd.FeatureTerm',
-            teacher='big',
-            tap='bbox_head',
+            **target,
             output=1,
             weight=dict(type='mmkd.PositiveWeight'),
             loss=dict(type='mmkd.LDLoss', temperature=10.0, loss_weight=0.25),
