@@ -1,14 +1,8 @@
-"""Attribution maps of a teacher, laid over the student's images.
+"""Integrated gradients: what a teacher looks at, laid over the images.
 
 ``tools/attribute.py`` writes one map an image; :class:`LoadIGMap` reads it
 before the transforms that move pixels, :class:`IGOverlay` lays it over the
 image behind them.
-
-Reference:
-    Hernandez et al., "Knowledge Distillation: Enhancing Neural Network
-    Compression with Integrated Gradients", 2025, arXiv:2503.13008, for
-    classifiers. Known second-hand; not the paper. What is explained in a
-    detector, and that its teacher sees the image without the map, are ours.
 """
 
 from __future__ import annotations
@@ -144,6 +138,23 @@ class IGOverlay(BaseTransform):
     Raises:
         ValueError: If a setting makes no sense or, later, there is no map or
             one of another size than the image.
+
+    Reference:
+        Hernandez et al., "Knowledge Distillation: Enhancing Neural Network
+        Compression with Integrated Gradients", 2025, arXiv:2503.13008, for
+        classifiers. Read: what the authors' code does
+        (https://github.com/nordlinglab/ModelCompression-IntegratedGradients)
+        in a summary of it, from which all defaults are; not the paper. Ours
+        are what is explained of a detector, that the teacher sees the image
+        without the map, and a map of one value, which is black.
+
+    Example:
+        >>> image = np.full((1, 2, 3), 100, np.uint8)
+        >>> heat = np.array([[0.0, 0.5]], np.float32)
+        >>> overlay = IGOverlay(prob=1.0)
+        >>> found = overlay(dict(img=image, gt_seg_map=heat))
+        >>> found['img'][..., 0].tolist(), found['teacher_img'] is image
+        ([[50, 178]], True)
     """
 
     def __init__(
