@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.model import ImgDataPreprocessor
 from torch import Tensor, nn
+
+#: Where a sample's metainfo keeps pixels for the teachers, see :func:`kept`.
+KEPT = 'teacher_img'
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,60 @@ class Pixels:
             float(processor.pad_value),
             int(processor.pad_size_divisor),
         )
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """An image as loaded, as the preprocessor hands it on.
+
+        Args:
+            image: Of 0 to 255 in the order it was loaded in, (3, H, W).
+        """
+        image = image.flip(0) if self.swapped else image
+        mean, std = image.new_tensor(
+            [self.mean, self.std], dtype=torch.float32
+        )[..., None, None]
+        return (image - mean) / std
+
+
+def kept(
+    images: Tensor, samples: Sequence[Any], pixels: Pixels
+) -> Tensor | None:
+    """A batch with the pixels that its samples keep for the teachers.
+
+    A transform keeps them in ``results['teacher_img']`` as they were at some
+    point of the pipeline, (H, W, 3), and ``PackDetInputs`` hands them on if
+    ``'teacher_img'`` is among its ``meta_keys``.
+
+    Args:
+        images: The batch as the student sees it, (N, 3, H, W).
+        samples: mmdet's sample of each image.
+        pixels: How the student's images were normalised.
+
+    Returns:
+        A batch of the same shape and border; None if no sample keeps any.
+
+    Raises:
+        ValueError: If an image has another size than the student's.
+    """
+    batch = None
+    for index, sample in enumerate(samples):
+        picture = sample.metainfo.get(KEPT)
+        if picture is None:
+            continue
+        height, width = picture.shape[:2]
+        size = tuple(sample.metainfo.get('img_shape', images.shape[-2:])[:2])
+        if size != (height, width):
+            raise ValueError(
+                f'The distiller needs {KEPT!r} of the size of what the '
+                f'student sees, {size[0]} x {size[1]}, got {height} x '
+                f'{width}. Put KeepForTeacher behind the transforms that '
+                f'resize, crop, pad, flip or mix images, and take out '
+                f'batch_augments that do.'
+            )
+        batch = images.clone() if batch is None else batch
+        picture = torch.from_numpy(np.ascontiguousarray(picture))
+        picture = picture.to(images.device).permute(2, 0, 1)
+        batch[index, :, :height, :width] = pixels.normalised(picture)
+    return batch
 
 
 def translate(

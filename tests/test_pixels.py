@@ -1,9 +1,10 @@
 import pytest
 import torch
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 from torch import nn
 
-from mmkd.pixels import Pixels, translate, valid_area
+from mmkd.pixels import Pixels, kept, translate, valid_area
 
 RGB = dict(
     type='DetDataPreprocessor',
@@ -156,3 +157,59 @@ def test_valid_area_is_one_where_there_are_pixels():
     expected[0, 0, :2, :3] = True
     expected[1, 0, :, :1] = True
     assert torch.equal(area, expected)
+
+
+# Pixels kept for teachers ----------------------------------------------------
+
+
+def keeping(settings, keep=(True, True)):
+    """A batch as processed, and samples that keep what was loaded."""
+    data = dict(
+        inputs=loaded(),
+        data_samples=[
+            DetDataSample(metainfo=dict(img_shape=shape)) for shape in SHAPES
+        ],
+    )
+    for one, sample, kept_ in zip(data['inputs'], data['data_samples'], keep):
+        if kept_:
+            picture = one.permute(1, 2, 0).numpy()
+            sample.set_metainfo(dict(teacher_img=picture))
+    return processor(settings)(data, False)['inputs'], data['data_samples']
+
+
+@pytest.mark.parametrize('settings', ALL.values(), ids=ALL)
+def test_kept_pixels_are_what_the_preprocessor_would_have_made(settings):
+    images, samples = keeping(settings)
+    marked = images.clone()
+    for index, (height, width) in enumerate(SHAPES):
+        marked[index, :, :height, :width] += 1
+    found = kept(marked, samples, of(settings))
+    assert torch.equal(found, images)
+    assert not torch.equal(found, marked), 'the batch itself is left alone'
+
+
+def test_images_that_keep_nothing_are_as_the_student_sees_them():
+    images, samples = keeping(RGB, (False, True))
+    found = kept(images + 1, samples, of(RGB))
+    assert torch.equal(found[0], images[0] + 1)
+    height, width = SHAPES[1]
+    assert torch.equal(
+        found[1, :, :height, :width], images[1, :, :height, :width]
+    )
+    assert kept(images, keeping(RGB, (False, False))[1], of(RGB)) is None
+
+
+def test_flipped_views_of_arrays_and_half_precision_are_understood():
+    images, samples = keeping(RGB)
+    picture = samples[0].teacher_img
+    samples[0].set_metainfo(dict(teacher_img=picture[:, ::-1]))
+    found = kept(images, samples, of(RGB))
+    assert torch.equal(found[0, :, :64, :96], images[0, :, :64, :96].flip(2))
+    assert kept(images.half(), samples, of(RGB)).dtype == torch.float16
+
+
+def test_kept_pixels_of_another_size_are_refused():
+    images, samples = keeping(RGB)
+    samples[1].set_metainfo(dict(img_shape=(40, 70)))
+    with pytest.raises(ValueError, match=r'40 x 70, got 50 x 70.*KeepForT'):
+        kept(images, samples, of(RGB))

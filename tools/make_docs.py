@@ -132,7 +132,7 @@ FAMILIES = {
     ),
     'procedure': (
         'what other methods compare: new is what is trained when, or on what',
-        *('backward-pass', 'bss', 'mhd', 'p2p', 'sskd'),
+        *('backward-pass', 'bss', 'ig', 'mhd', 'p2p', 'sskd'),
     ),
     'group': (
         'nothing itself; it weighs other terms, or chooses their teachers',
@@ -152,6 +152,7 @@ TOLD_BY = {
     'gid': 'InstanceTerm',
     'head': 'AssistantTerm',
     'icd': 'InstanceConditionalTerm',
+    'ig': 'IGOverlay',
     'lgd': 'LabelGuidedTerm',
     'makd': 'MultiAspectTerm',
     'mask-kd': 'MaskTerm',

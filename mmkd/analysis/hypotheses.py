@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,13 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmdet.registry import DATASETS
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from mmkd.analysis.box_draws import BoxDraws
-from mmkd.compat.checkpoint import check_file
+from mmkd.analysis.offline import (
+    EVERY,
+    add_images,
+    check_weights,
+    command,
+    fingerprint,
+    goes_on,
+    images_of,
+    loaded,
+)
 from mmkd.configs import read_config
 from mmkd.datasets.hypotheses import (
     DRAWN,
@@ -34,8 +40,6 @@ from mmkd.datasets.hypotheses import (
 )
 from mmkd.teachers import Teacher
 
-#: Seconds between two times that the file is written.
-EVERY = 60.0
 #: Settings that say which file it is; others change nothing in it.
 SETTINGS = ('generator', 'num_hypotheses', 'score_thr', 'temperature')
 SETTINGS += ('jitter', 'bins', 'dropout', 'seed')
@@ -43,13 +47,7 @@ SETTINGS += ('jitter', 'bins', 'dropout', 'seed')
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``tools/make_hypotheses.py``."""
-    options = _parser().parse_args(arguments)
-    try:
-        make(options)
-    except (FileNotFoundError, FileExistsError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return command(make, _parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,10 +61,6 @@ def _parser() -> argparse.ArgumentParser:
         help='its weights, a file or an address; several for checkpoints',
     )
     parser.add_argument('--out', required=True, help='the JSON file')
-    parser.add_argument(
-        '--ann-file', help='images to describe, COCO; default: training set'
-    )
-    parser.add_argument('--img-prefix', help='their folder')
     parser.add_argument('--generator', choices=GENERATORS, default='sample')
     parser.add_argument('--num-hypotheses', type=int, default=10)
     parser.add_argument('--score-thr', type=float, default=0.3)
@@ -79,15 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('--dropout', type=float, default=0.1)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument(
-        '--overwrite', action='store_true', help='begin anew in any case'
-    )
-    parser.add_argument(
-        '--overwrite-if-changed',
-        action='store_true',
-        help='begin anew if the file was made otherwise',
-    )
+    add_images(parser)
     return parser
 
 
@@ -108,16 +94,14 @@ def make(options: argparse.Namespace) -> None:
             f'{len(several)}. Name one for each hypothesis with checkpoints, '
             f'and one alone with any other generator.'
         )
-    for file in several:
-        if '://' not in file:
-            check_file(file, 'make_hypotheses.py')
+    check_weights('make_hypotheses.py', several)
     init_default_scope('mmdet')
     config = read_config(options.config, 'make_hypotheses.py')
-    dataset = _images(config, options)
-    teachers = [_loaded(options, file) for file in several]
+    dataset = images_of(config, options)
+    teachers = [loaded(options, file) for file in several]
     info = dict(
         {name: getattr(options, name) for name in SETTINGS},
-        fingerprint=_fingerprint(config, dataset, teachers),
+        fingerprint=fingerprint(config, dataset, teachers),
         complete=False,
     )
     cache = _begun(options, info, dataset)
@@ -150,62 +134,15 @@ def make(options: argparse.Namespace) -> None:
     print(f'{options.out}: {len(cache["annotations"])} boxes')
 
 
-def _images(config: Any, options: argparse.Namespace) -> Any:
-    """The training set, seen through the pipeline of tests."""
-    tested = config.test_dataloader.dataset
-    settings = dict(config.train_dataloader.dataset)
-    while 'dataset' in settings:
-        settings = dict(settings['dataset'])
-    if options.ann_file:
-        settings.update(data_root='', ann_file=options.ann_file)
-        settings['data_prefix'] = dict(img=options.img_prefix or '')
-    settings.update(filter_cfg=None, pipeline=tested.pipeline, test_mode=True)
-    return DATASETS.build(settings)
-
-
-def _loaded(options: argparse.Namespace, file: str) -> Teacher:
-    teacher = Teacher(options.config, file)
-    teacher.load()
-    teacher.to(torch.device(options.device))
-    return teacher
-
-
-def _fingerprint(
-    config: Any, dataset: Any, teachers: Sequence[Teacher]
-) -> str:
-    digest = hashlib.sha256(config.pretty_text.encode())
-    for teacher in teachers:
-        for name, value in teacher.detector.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-    for index in range(len(dataset)):
-        one = dataset.get_data_info(index)
-        said = one['img_id'], one['img_path'], one['width'], one['height']
-        digest.update(json.dumps(said).encode())
-    return digest.hexdigest()
-
-
 def _begun(
     options: argparse.Namespace, info: Mapping[str, Any], dataset: Any
 ) -> dict:
     out = Path(options.out)
-    if out.is_file() and not options.overwrite:
+    if not options.overwrite and out.is_file():
         cache = json.loads(out.read_text())
         theirs = cache.get('info', {})
-        if {**theirs, 'complete': False} == info:
+        if goes_on('make_hypotheses.py', options, info, theirs):
             return cache
-        if options.overwrite_if_changed:
-            return _empty(info, dataset)
-        changed = [
-            key
-            for key in info
-            if key != 'complete' and theirs.get(key) != info[key]
-        ]
-        raise FileExistsError(
-            f'make_hypotheses.py would replace {out}, which was made '
-            f'otherwise ({", ".join(changed)} differ). Name another --out, or '
-            f'type --overwrite.'
-        )
     return _empty(info, dataset)
 
 

@@ -24,7 +24,7 @@ from mmkd.classes import head_classes
 from mmkd.distillers.guard import Guard
 from mmkd.distillers.unlabelled import labelled_first, partly_labelled
 from mmkd.phases import Phase, Phases
-from mmkd.pixels import Pixels
+from mmkd.pixels import Pixels, kept
 from mmkd.randomness import preserved, stream_seed
 from mmkd.registry import DETECTORS, MODELS
 from mmkd.structures import Step
@@ -296,6 +296,7 @@ class Distilling:
             student=record,
             images=images,
             samples=samples,
+            clean=kept(images, samples, self._pixels),
             **position,
             teachers={
                 name: shower(teacher)

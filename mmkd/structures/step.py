@@ -45,6 +45,8 @@ class Step:
             ``student.detector`` is the student itself.
         images: The batch as the student sees it, (N, 3, H, W).
         samples: mmdet's sample of each image.
+        clean: The batch as teachers see it, of the same shape; ``images`` if
+            None.
         progress: Position in the training, [0, 1].
         iteration: Iterations done before this one.
         losses: The student's own losses, by name; none in a dry pass, or in a
@@ -57,6 +59,7 @@ class Step:
     student: Outputs
     images: Tensor
     samples: list
+    clean: Tensor | None = None
     progress: float = 0.0
     iteration: int = 0
     losses: Mapping[str, Any] = field(default_factory=dict)
@@ -67,8 +70,13 @@ class Step:
     def teacher(self, name: str) -> Outputs:
         """A teacher's outputs for this batch; it runs at the first demand."""
         if name not in self._ran:
-            self._ran[name] = self.show(name, self.images)
+            self._ran[name] = self.show(name, self.shown)
         return self._ran[name]
+
+    @property
+    def shown(self) -> Tensor:
+        """The batch as teachers see it, in the student's normalisation."""
+        return self.images if self.clean is None else self.clean
 
     def show(
         self,

@@ -26,6 +26,15 @@ def anchors_of(head: nn.Module, level: int) -> int:
     return found[level] if isinstance(found, (list, tuple)) else found
 
 
+def decodable(head: Any) -> bool:
+    """Whether a head gives one box for each anchor, in a known form."""
+    strange = isinstance(head, (FoveaHead, RepPointsHead, VFNetHead))
+    known = hasattr(head, 'prior_generator') and (
+        hasattr(head, 'bbox_coder') or isinstance(head, YOLOXHead)
+    )
+    return not strange and known and hasattr(head, 'num_classes')
+
+
 def check_decodable(who: str, head: nn.Module, side: str) -> None:
     """A head must give one box for each anchor of each cell.
 
@@ -37,11 +46,7 @@ def check_decodable(who: str, head: nn.Module, side: str) -> None:
     Raises:
         ValueError: If it gives none, or in a form that is not known here.
     """
-    strange = isinstance(head, (FoveaHead, RepPointsHead, VFNetHead))
-    known = hasattr(head, 'prior_generator') and (
-        hasattr(head, 'bbox_coder') or isinstance(head, YOLOXHead)
-    )
-    if strange or not known or not hasattr(head, 'num_classes'):
+    if not decodable(head):
         raise ValueError(
             f'{who} compares the boxes of each cell, which cannot be read '
             f"off the {side}'s {type(head).__name__}. Choose a term on class "

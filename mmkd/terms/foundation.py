@@ -139,7 +139,7 @@ class FoundationTerm(Term):
             for one in step.samples
         ]
         wanted = getattr(model, 'pixels', IMAGENET)
-        images = translate(step.images, shapes, self.pixels, wanted)
+        images = translate(step.shown, shapes, self.pixels, wanted)
         side = self.patches * self._patch(model)
         size = [cells * side for cells in shape[-2:]]
         images = F.interpolate(images, size, mode='bilinear', antialias=True)

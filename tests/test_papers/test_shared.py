@@ -117,6 +117,9 @@ PAPERS = {
             'U7': 'other weights are another file, see test_mhd.py',
         },
     ),
+    'KD with integrated gradients': Paper(
+        'ig', '2503.13008', 'test_datasets/test_attribution.py'
+    ),
     'MMKD': Paper(
         'mmkd-meta', '2306.06634', 'test_terms/test_meta_teachers.py'
     ),

@@ -65,3 +65,10 @@ def test_steps_do_not_share_what_ran(step):
     other = Step(step.student, step.images, step.samples)
     with pytest.raises(ValueError, match='It has none'):
         other.teacher('r101')
+
+
+def test_teachers_see_a_view_of_their_own_where_there_is_one(step, shown):
+    assert step.shown is step.images
+    step.clean = torch.ones_like(step.images)
+    step.teacher('r101')
+    assert shown[0][1] is step.clean is step.shown
