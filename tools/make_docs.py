@@ -136,7 +136,7 @@ FAMILIES = {
     ),
     'group': (
         'nothing itself; it weighs other terms, or chooses their teachers',
-        *('mmkd-meta', 'mtpd', 'multi-teacher', 'self-teaching'),
+        *('hpm-kd', 'mmkd-meta', 'mtpd', 'multi-teacher', 'self-teaching'),
         *('BalancedTerm',),
     ),
 }
