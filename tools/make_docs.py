@@ -151,6 +151,7 @@ TOLD_BY = {
     'frs': 'ScoreWeight',
     'gid': 'InstanceTerm',
     'head': 'AssistantTerm',
+    'hpm-kd': 'TeacherAttentionTerm',
     'icd': 'InstanceConditionalTerm',
     'lgd': 'LabelGuidedTerm',
     'makd': 'MultiAspectTerm',

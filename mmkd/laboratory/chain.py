@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
@@ -211,7 +212,7 @@ class Model:
         """Built, with random weights."""
         init_default_scope(self.settings.get('default_scope', 'mmdet'))
         with redirect_stdout(None), quiet():
-            return DETECTORS.build(ConfigDict(self.plain, _scope_=None))
+            return DETECTORS.build(self.plain)
 
     @cached_property
     def size(self) -> int:
@@ -342,7 +343,7 @@ class Chain:
                 'one it is the distillation config alone: tools/train.py.'
             )
         models = [self.teacher, *between, self.student]
-        for one, other in zip(models, models[1:]):
+        for one, other in pairwise(models):
             if other.size >= one.size:
                 raise ValueError(
                     f'Models of a chain become smaller, but {other.name} has '
@@ -393,7 +394,7 @@ class Chain:
         """The trainings of a chain, each needing the one before it."""
         runs: list[Run] = []
         config, weights = self.teacher.config, self.checkpoint
-        before = f'{file_digest(self.checkpoint)}'
+        before = file_digest(self.checkpoint)
         for model in (*between, self.student):
             settings = self.link(model, config, weights)
             keys = dict(code=code_digest(settings), teacher=before)

@@ -183,7 +183,7 @@ def _vector(features: Mapping[str, float], names: Sequence[str]) -> Any:
     )
 
 
-# ------------------------------------------------------------ what is described
+# ----------------------------------------------------------- what is described
 
 
 def meta_features(

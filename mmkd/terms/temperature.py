@@ -33,7 +33,8 @@ class Temperature:
     Args:
         policy: ``'cosine'``, ``'loss'`` or ``'convergence'``.
         tmin, tmax: Bounds of T.
-        start: T of ``'loss'`` and ``'convergence'`` before they know a slope.
+        start: T of ``'loss'`` and ``'convergence'`` before they know a slope;
+            the middle of the bounds if None.
         interval: Length of a block, as a share of the training.
         rate: The factor :math:`\lambda`.
 
@@ -59,7 +60,7 @@ class Temperature:
         policy: str = COSINE,
         tmin: float = 2.0,
         tmax: float = 6.0,
-        start: float = 4.0,
+        start: float | None = None,
         interval: float = 0.1,
         rate: float = 1.0,
     ) -> None:
@@ -72,6 +73,7 @@ class Temperature:
                 f'tmax={tmax}. Set tmin below tmax, or give the losses a '
                 f'temperature of their own.'
             )
+        start = (tmin + tmax) / 2 if start is None else start
         if not tmin <= start <= tmax:
             raise ValueError(
                 f'{who} starts between tmin={tmin} and tmax={tmax}, got '
