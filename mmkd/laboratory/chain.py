@@ -11,6 +11,7 @@ as long as the student gains.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -420,7 +421,7 @@ class Chain:
             model: Who learns.
             config, weights: Of the one it learns from.
         """
-        settings = self.settings.copy()
+        settings = copy.deepcopy(self.settings)
         own = (*OWN_KEYS, *OPTIONAL_KEYS)
         kept = {
             key: settings.model[key] for key in own if key in settings.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -285,7 +286,7 @@ def configure(settings: Config, configuration: Mapping[str, float]) -> Config:
         settings: Config of a distillation; it is left as it is.
         configuration: What :meth:`RunMemory.suggest` returned.
     """
-    settings = settings.copy()
+    settings = copy.deepcopy(settings)
     optimiser = settings.optim_wrapper.optimizer
     for name in ('lr', 'weight_decay'):
         if name in configuration:

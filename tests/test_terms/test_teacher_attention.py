@@ -274,7 +274,7 @@ def test_entropy_holds_weights_together(build):
     model = build(attn=dict(entropy_weight=1.0))
     term = model.terms['x']
     torch.nn.init.normal_(term.attention.last.weight, std=0.2)
-    optimiser = torch.optim.Adam(term.attention.parameters(), lr=0.01)
+    optimiser = torch.optim.Adam(term.attention.parameters(), lr=3e-4)
     batch = tiny.batch()
     first = parts(model, batch)['entropy'].item()
     for _ in range(20):
@@ -390,7 +390,7 @@ def test_a_stopped_training_knows_the_losses(build, hub):
         ),
         (
             dict(
-                losses=dict(a=dict(output=0, loss=dict(type='mmkd.DISTLoss'))),
+                losses=dict(a=dict(output=0, loss=dict(type='mmkd.ALPLoss'))),
                 temperature=dict(),
             ),
             'leave temperature out',
