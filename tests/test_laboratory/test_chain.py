@@ -51,7 +51,7 @@ def test_the_nearest_models_are_taken_by_ratio_and_once():
 
 def test_a_gain_is_relative_and_to_the_final_student():
     assert not gains(40.0, 40.39, 0.01)
-    assert gains(40.0, 40.4, 0.01)
+    assert gains(40.0, 40.5, 0.01)
     assert not gains(40.0, 39.0, 0.01)
     assert not gains(0.0, 0.0, 0.01)
     assert gains(0.0, 0.1, 0.01)
