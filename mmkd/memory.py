@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ class Memory:
 
     Images that are new are shown to the teacher one by one. What is kept then
     follows from the image alone and not from its neighbours, so that a
-    training that is resumed goes on bit for bit.
+    training that is resumed goes on bit for bit. Once a weight of the detector
+    is written to, all of it is forgotten.
 
     Args:
         detector: The detector whose outputs they are.
@@ -54,6 +55,7 @@ class Memory:
         self.size = self.hits = self.misses = 0
         self._kept: dict[tuple, Outputs] = {}
         self._full = self._compared = False
+        self._versions: list[int] = []
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -83,6 +85,10 @@ class Memory:
                 images one after the other.
         """
         samples = [one.new(data={}) for one in samples]  # no annotations
+        versions = [one._version for one in _weights(self.detector)]
+        if versions != self._versions:
+            self.forget()
+            self._versions = versions
         entries = [
             self._outputs(images[index : index + 1], [sample], paths, watch)
             for index, sample in enumerate(samples)
@@ -187,3 +193,8 @@ def _close(one: Tensor, other: Tensor) -> bool:
         return True
     scale = other.float().abs().max().clamp(min=1e-6)
     return bool((one.float() - other.float()).abs().max() <= TOLERANCE * scale)
+
+
+def _weights(detector: nn.Module) -> Iterator[Tensor]:
+    yield from detector.parameters()
+    yield from detector.buffers()

@@ -290,7 +290,9 @@ def box_ap(model: dict) -> float:
 @EVERY
 def test_zoo_has_the_weights_of_teachers_and_all_results(path):
     found = []
-    for teacher in (*teachers_of(path).values(), *prepared_in(path)):
+    asked = (*teachers_of(path).values(), *prepared_in(path))
+    once = {(one.config, one.checkpoint): one for one in asked}
+    for teacher in once.values():
         (weights,) = [
             model
             for model in in_zoo(teacher.config)

@@ -105,6 +105,33 @@ def test_only_what_is_new_is_computed(make):
     assert one.shown == [1]
 
 
+def test_a_hit_is_what_was_said_bit_for_bit(make):
+    batch = tiny.batch(shapes=SHAPES)
+    one = make(cache=1.0)
+    first, again = (one.show(*batch).at('neck') for _ in range(2))
+    assert one.memory.hits == 3
+    assert all(torch.equal(*pair) for pair in zip(first, again))
+
+
+@pytest.mark.parametrize('kind', ['parameters', 'buffers'])
+def test_a_changed_teacher_is_asked_anew(make, kind):
+    batch = tiny.batch(shapes=SHAPES)
+    cached, plain = make(cache=1.0), make()
+    before = cached.show(*batch).at('neck')
+    for one in (cached, plain):
+        with torch.no_grad():
+            floats = [
+                x
+                for x in getattr(one.detector.backbone.layer4, kind)()
+                if x.is_floating_point()
+            ]
+            floats[0].mul_(1.5).add_(0.1)
+    after = cached.show(*batch)
+    assert cached.memory.misses == 6
+    assert_same(after, plain.show(*batch), atol=1e-3, rtol=1e-3)
+    assert (before[2] - after.at('neck')[2]).abs().max() > 0.01
+
+
 def test_an_images_outputs_do_not_follow_from_its_neighbours(make):
     """Bit for bit, so that a resumed training goes on as it would have."""
     batch = tiny.batch(shapes=SHAPES)
@@ -234,7 +261,7 @@ def test_outputs_that_are_not_the_images_own_are_refused(output):
         record.add('head', Call((), {}, output(images)))
         return record
 
-    memory = Memory(None, 1.0, "Teacher 'big'")
+    memory = Memory(torch.nn.Identity(), 1.0, "Teacher 'big'")
     images, samples = tiny.batch()
     with pytest.raises(ValueError, match="of 'head' in its cache"):
         memory.recall(images, samples, ['head'], watch)
@@ -266,4 +293,4 @@ def test_a_negative_size_is_refused(make):
 
 
 def test_it_holds_what_gibibytes_hold():
-    assert Memory(None, 0.5, '').limit == GIB // 2
+    assert Memory(torch.nn.Identity(), 0.5, '').limit == GIB // 2

@@ -136,7 +136,7 @@ FAMILIES = {
     ),
     'group': (
         'nothing itself; it weighs other terms, or chooses their teachers',
-        *('mmkd-meta', 'mtpd', 'multi-teacher', 'self-teaching'),
+        *('hpm-kd', 'mmkd-meta', 'mtpd', 'multi-teacher', 'self-teaching'),
         *('BalancedTerm',),
     ),
 }
@@ -151,6 +151,7 @@ TOLD_BY = {
     'frs': 'ScoreWeight',
     'gid': 'InstanceTerm',
     'head': 'AssistantTerm',
+    'hpm-kd': 'TeacherAttentionTerm',
     'icd': 'InstanceConditionalTerm',
     'ig': 'IGOverlay',
     'lgd': 'LabelGuidedTerm',

@@ -123,6 +123,9 @@ PAPERS = {
     'MMKD': Paper(
         'mmkd-meta', '2306.06634', 'test_terms/test_meta_teachers.py'
     ),
+    'HPM-KD': Paper(
+        'hpm-kd', '2512.09886', 'test_terms/test_teacher_attention.py'
+    ),
     'P2P': Paper(
         'p2p',
         '2110.11023',
