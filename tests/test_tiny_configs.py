@@ -140,9 +140,10 @@ def test_is_its_base_with_teachers_and_terms(path):
         added = set(config.model) - set(base.model)
         assert added - set(OPTIONAL_KEYS) == set(OWN_KEYS)
     known = [
-        read_config(one).teacher.to_dict()
+        value.to_dict()
         for one in (ROOT / 'configs' / '_base_' / 'tiny').glob('*.py')
-        if 'teacher = dict' in one.read_text()
+        for key, value in read_config(one).items()
+        if key.endswith('teacher')
     ]
     for teacher in config.model.get('teachers', {}).values():
         teacher = teacher.to_dict()

@@ -31,7 +31,7 @@ from mmkd.analysis.offline import (
 from mmkd.configs import read_config
 from mmkd.datasets.attribution import INDEX, map_file
 from mmkd.files import check_free, whole
-from mmkd.ops.attribution import blurred, integrated_gradients
+from mmkd.ops.integrated_gradients import blurred, integrated_gradients
 from mmkd.structures import GroundTruth
 from mmkd.teachers import Teacher
 from mmkd.terms.decoding import decodable

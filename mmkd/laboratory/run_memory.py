@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -208,9 +209,9 @@ def meta_features(
     shapes = [
         max(one['bbox'][2], 1e-6) / max(one['bbox'][3], 1e-6) for one in boxes
     ] or [1.0]
-    labels = [one['category_id'] for one in boxes]
-    counts = [labels.count(label) for label in set(labels)] or [1]
-    shares = np.array(counts) / sum(counts)
+    counts = Counter(one['category_id'] for one in boxes)
+    shares = np.array(list(counts.values()) or [1])
+    shares = shares / shares.sum()
     found = dict(
         images=len(images),
         classes=len(annotations['categories']),

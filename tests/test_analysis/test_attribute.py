@@ -24,7 +24,7 @@ from mmkd.analysis.attribute import (
     scorer,
 )
 from mmkd.datasets.attribution import LoadIGMap
-from mmkd.ops.attribution import integrated_gradients
+from mmkd.ops.integrated_gradients import integrated_gradients
 from mmkd.teachers import Teacher
 
 IMAGES = 2

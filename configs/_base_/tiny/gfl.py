@@ -6,6 +6,10 @@ teacher = dict(
     config='configs/_base_/tiny/gfl_teacher.py',
     checkpoint='work_dirs/tiny/teachers/gfl/iter_640.pth',
 )
+middle_teacher = dict(
+    config='configs/_base_/tiny/gfl_middle_teacher.py',
+    checkpoint='work_dirs/tiny/teachers/gfl_middle/iter_640.pth',
+)
 
 model = dict(
     type='GFL',

@@ -5,13 +5,7 @@ _base_ = '../../_base_/tiny/gfl.py'
 model = dict(
     type='mmkd.Distiller',
     student=_base_.model.type,
-    teachers=dict(
-        big=_base_.teacher,
-        middle=dict(
-            config='configs/_base_/tiny/gfl_middle_teacher.py',
-            checkpoint='work_dirs/tiny/teachers/gfl_middle/iter_640.pth',
-        ),
-    ),
+    teachers=dict(big=_base_.teacher, middle=_base_.middle_teacher),
     terms=dict(
         fused=dict(
             type='mmkd.TeacherAttentionTerm',

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmkd.ops.attribution import blurred, integrated_gradients
+from mmkd.ops.integrated_gradients import blurred, integrated_gradients
 
 W = torch.tensor([[2.0, -1.0], [0.5, 3.0]])
 X = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
