@@ -91,6 +91,21 @@ def test_a_default_weighs_its_terms_by_their_gradients(files):
     ]
 
 
+def test_a_share_weighs_any_method_by_its_gradient(files):
+    found = plan(*files(), 'pkd', 0.3)
+    assert found.rows[0][0] == 'balanced.pkd'
+    assert found.rows[0][-1] == 'PKDLoss, share 0.3'
+    assert found.config.model.terms.balanced.share == 0.3
+
+
+def test_a_student_may_begin_with_its_teacher_s_parts(files):
+    """Neck and head, which are alike where the backbones are."""
+    found = plan(*files(teacher=tiny.retinanet()), 'inherit')
+    assert found.config.model.teachers.teacher.inherit is True
+    with pytest.raises(ValueError, match="'inherit' does not fit"):
+        plan(*files(), 'inherit')
+
+
 def test_the_config_is_the_student_s_and_three_keys_more(files):
     student, teacher, weights = files()
     found = plan(student, teacher, weights, 'pkd')
