@@ -76,6 +76,16 @@ def config_of(path: Path):
     return read_config(path)
 
 
+@cache
+def known_teachers() -> list[dict]:
+    return [
+        value.to_dict()
+        for one in (ROOT / 'configs' / '_base_' / 'tiny').glob('*.py')
+        for key, value in read_config(one).items()
+        if key.endswith('teacher')
+    ]
+
+
 def base_of(path: Path) -> Path:
     (base,) = (
         ast.literal_eval(node.value)
@@ -139,12 +149,7 @@ def test_is_its_base_with_teachers_and_terms(path):
         assert config.model.type == 'mmkd.Distiller'
         added = set(config.model) - set(base.model)
         assert added - set(OPTIONAL_KEYS) == set(OWN_KEYS)
-    known = [
-        value.to_dict()
-        for one in (ROOT / 'configs' / '_base_' / 'tiny').glob('*.py')
-        for key, value in read_config(one).items()
-        if key.endswith('teacher')
-    ]
+    known = known_teachers()
     for teacher in config.model.get('teachers', {}).values():
         teacher = teacher.to_dict()
         teacher.pop('inherit', None)
