@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmdet.models import BaseDetector
 from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
@@ -24,13 +25,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from mmkd.checks import check_name
 from mmkd.compat.checkpoint import check_file, classes_of, read_checkpoint
 from mmkd.configs import read_config, student_config
 from mmkd.datasets.check import named_classes
 from mmkd.distillers.distiller import CHECK_SIZES, example_sample
 from mmkd.randomness import preserved
 from mmkd.recipes import DEFAULT, RECIPES, Pair, inherits, look, recipe
-from mmkd.registry import MODELS
+from mmkd.registry import DETECTORS, MODELS
 from mmkd.structures import Step
 from mmkd.teachers import run_detector
 from mmkd.terms.feature import FeatureTerm
@@ -85,9 +87,9 @@ class Plan:
         base = self.source
         if '::' not in base:
             base = Path(os.path.relpath(base, folder)).as_posix()
+        whole = self.config.model.to_dict()
         added = ('type', 'student', 'teachers', 'terms')
-        model = self.config.model.to_dict()
-        model = {key: self.config.model.to_dict()[key] for key in added}
+        model = {key: whole[key] for key in added}
         return (
             f'"""{self.method}, written by mmkd for this pair."""\n\n'
             f'_base_ = {base!r}\n\nmodel = {written(model)}\n'
@@ -162,9 +164,11 @@ def plan(
 
     Raises:
         FileNotFoundError: If there is no such config or checkpoint.
-        ValueError: If the student's config has teachers already, or the
+        ValueError: If there is no such method, a config is none of a
+            detector of images, the student's has teachers already, or the
             method does not fit the pair; the message names those that do.
     """
+    check_name('--method', 'method', method, RECIPES)
     init_default_scope('mmdet')
     source = _source(student)
     student = read_config(student, 'The student')
@@ -175,6 +179,8 @@ def plan(
         )
     teacher_config = read_config(teacher, 'The teacher')
     checkpoint = str(checkpoint or published_weights(teacher))
+    for who, config in (('student', student), ('teacher', teacher_config)):
+        _check_task(who, config)
     pair = look(student, teacher_config, TEACHER)
     differ = _differing_classes(student, checkpoint)
     if differ:
@@ -257,6 +263,22 @@ def published_weights(config: str | Path) -> str:
 
 def _source(config: str | Path | Config) -> str:
     return str(config.filename if isinstance(config, Config) else config)
+
+
+def _check_task(who: str, config: Config) -> None:
+    """A config must be that of a detector, not of a tracker or classifier."""
+    model = student_config(config.get('model') or {})
+    kind = model.get('type')
+    kind = DETECTORS.get(kind) if isinstance(kind, str) else kind
+    detects = not isinstance(kind, type) or issubclass(kind, BaseDetector)
+    if 'backbone' in model and kind is not None and detects:
+        return
+    raise ValueError(
+        f'The {who} must be a detector of mmdet with a backbone, but '
+        f'{config.filename} is a config of {model.get("type")}. Name that of '
+        f'a detector, for instance '
+        f'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py'
+    )
 
 
 def _distilling(student: Config, teacher: Mapping, terms: Mapping) -> Config:
@@ -355,7 +377,7 @@ def _rows(
 def _rows_of(
     name: str, term: Term, step: Step | None, theirs: str, share: str = ''
 ) -> Iterator[tuple[str, ...]]:
-    if isinstance(term, GroupTerm):
+    if isinstance(term, GroupTerm) and term.transparent:
         for part, child in term.terms.items():
             given = getattr(term, 'share', {}).get(part)
             more = '' if given is None else f', share {given:g}'

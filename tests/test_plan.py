@@ -192,8 +192,10 @@ def test_a_method_that_does_not_fit_names_those_that_do(files):
 
 
 def test_an_unknown_method_gets_the_nearest_name(files):
-    with pytest.raises(ValueError, match='pkd'):
+    """At once: no method need be tried for that."""
+    with pytest.raises(ValueError, match="'pdk'.*'pkd'") as caught:
         plan(*files(), 'pdk')
+    assert 'does not fit' not in str(caught.value)
 
 
 # Classes ---------------------------------------------------------------------
@@ -229,6 +231,16 @@ def test_a_student_with_teachers_is_refused(files, tmp_path):
     taught.write_text(plan(student, teacher, weights).text(tmp_path))
     with pytest.raises(ValueError, match='teachers of its own'):
         plan(taught, teacher, weights)
+
+
+@pytest.mark.parametrize('kind', ['RetinaHead', 'NoSuchKind', None])
+def test_a_teacher_of_another_task_is_refused(files, tmp_path, kind):
+    student, _, weights = files()
+    other = tmp_path / 'other.py'
+    Config(dict(model=dict(type=kind, backbone={}))).dump(other)
+    with pytest.raises(ValueError, match='teacher must be a detector') as one:
+        plan(student, other, weights)
+    assert str(kind) in str(one.value)
 
 
 def test_weights_that_nobody_published_have_to_be_named(files):
