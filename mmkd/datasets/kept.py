@@ -19,13 +19,15 @@ class KeepForTeacher(BaseTransform):
     teachers see what is kept where the student sees its own. The samples carry
     it if the last transform is asked to::
 
-        (dict(type='mmkd.KeepForTeacher'),)
-        (dict(type='PhotoMetricDistortion'),)
-        (dict(type='PackDetInputs', meta_keys=(..., 'teacher_img')),)
+        keys = ['img_id', 'img_path', 'ori_shape', 'img_shape']
+        keys += ['scale_factor', 'flip', 'flip_direction', 'teacher_img']
+        pipeline = [
+            dict(type='mmkd.KeepForTeacher'),
+            dict(type='PhotoMetricDistortion'),
+            dict(type='PackDetInputs', meta_keys=keys),
+        ]
 
-    ``...`` being those that it packs anyway: ``img_id``, ``img_path``,
-    ``ori_shape``, ``img_shape``, ``scale_factor``, ``flip`` and
-    ``flip_direction``.
+    A training that keeps pixels and does not pack them is not begun.
 
     Example:
         >>> import numpy as np

@@ -16,6 +16,7 @@ from mmkd.datasets.check import (
     check_annotation_file,
     check_dataset,
 )
+from mmkd.pixels import KEPT
 
 _TRAINING = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
 _TESTING = ('model', 'test_dataloader', 'test_cfg', 'test_evaluator')
@@ -37,6 +38,7 @@ def check_training(config: Config, data: bool = True) -> Report:
     """
     _check_keys(config, _TRAINING, 'train')
     check_phases(config)
+    check_kept(config.train_dataloader, 'train_dataloader')
     if config.get('load_from'):
         _check_weights(config.load_from, 'load_from')
     for where, path in named_weights(config.model, 'model'):
@@ -94,6 +96,48 @@ def check_phases(config: Config) -> None:
             f'find_unused_parameters=True: what rests has no gradient to '
             f'wait for. Type: --cfg-options find_unused_parameters=True'
         )
+
+
+def check_kept(config: Any, where: str) -> None:
+    """Pixels that a pipeline keeps for the teachers must be packed.
+
+    Else the teachers would be shown what the student is, without a word.
+
+    Args:
+        config: Any part of a config.
+        where: Its place, for the message.
+
+    Raises:
+        ValueError: Names the transform and what to add.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            check_kept(value, f'{where}.{key}')
+    elif isinstance(config, (list, tuple)):
+        steps = [one for one in config if isinstance(one, Mapping)]
+        keeping = [one['type'] for one in steps if _keeps(one)]
+        packed = [
+            KEPT in one.get('meta_keys', ()) for one in steps if _packs(one)
+        ]
+        if keeping and not all(packed):
+            raise ValueError(
+                f'{where}: {keeping[0]} keeps pixels for the teachers, but '
+                f'PackDetInputs does not hand them on. Give it '
+                f"meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', "
+                f"'scale_factor', 'flip', 'flip_direction', '{KEPT}')."
+            )
+        for number, value in enumerate(config):
+            check_kept(value, f'{where}[{number}]')
+
+
+def _keeps(step: Mapping) -> bool:
+    kind = str(step.get('type')).removeprefix('mmkd.')
+    overlaid = kind == 'IGOverlay' and step.get('keep_clean', True)
+    return kind == 'KeepForTeacher' or overlaid
+
+
+def _packs(step: Mapping) -> bool:
+    return str(step.get('type')).endswith('PackDetInputs')
 
 
 def _check_evaluation(config: Config, phase: str) -> list[str]:

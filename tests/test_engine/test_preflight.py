@@ -35,6 +35,26 @@ def test_checkpoints_are_checked_before_data(cfg, teachers, terms):
         check_training(cfg)
 
 
+@pytest.mark.parametrize('kind', ['mmkd.KeepForTeacher', 'mmkd.IGOverlay'])
+def test_pixels_that_are_kept_must_be_packed(cfg, kind):
+    """Else teachers would be shown the student's, without a word."""
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    pipeline.insert(-1, dict(type=kind))
+    with pytest.raises(ValueError, match=f"{kind} keeps.*'teacher_img'"):
+        check_training(cfg)
+    pipeline[-1].meta_keys = ('img_id', 'img_shape')
+    with pytest.raises(ValueError, match=f"{kind} keeps.*'teacher_img'"):
+        check_training(cfg)
+    pipeline[-1].meta_keys = ('img_id', 'img_shape', 'teacher_img')
+    check_training(cfg)
+
+
+def test_an_overlay_that_keeps_nothing_needs_nothing_packed(cfg):
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    pipeline.insert(-1, dict(type='mmkd.IGOverlay', keep_clean=False))
+    check_training(cfg)
+
+
 def test_weights_to_start_from_must_exist(cfg):
     cfg.load_from = 'gone.pth'
     with pytest.raises(FileNotFoundError, match='load_from expected'):
