@@ -93,8 +93,8 @@ class PeersTerm(Term):
 
     #: No phase without the detection loss can have it.
     needs_detection: ClassVar[bool] = True
-    #: All of them know nothing at first, an online teacher too.
-    from_nothing: ClassVar[tuple[str, ...]] = ('*_teacher', '*_peers')
+    #: An online teacher knows nothing at first, as its students.
+    from_nothing: ClassVar[tuple[str, ...]] = ('*_teacher',)
 
     def __init__(
         self,
