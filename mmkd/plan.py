@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from mmkd.checks import check_name
+from mmkd.checks import check_name, check_positive
 from mmkd.compat.checkpoint import check_file, classes_of, read_checkpoint
 from mmkd.configs import read_config, student_config
 from mmkd.datasets.check import named_classes
@@ -169,6 +169,7 @@ def plan(
             method does not fit the pair; the message names those that do.
     """
     check_name('--method', 'method', method, RECIPES)
+    _check_share(method, share)
     init_default_scope('mmdet')
     source = _source(student)
     student = read_config(student, 'The student')
@@ -265,6 +266,19 @@ def _source(config: str | Path | Config) -> str:
     return str(config.filename if isinstance(config, Config) else config)
 
 
+def _check_share(method: str, share: float | None) -> None:
+    if share is None:
+        return
+    check_positive('mmkd train', **{'--share': share})
+    if method == DEFAULT or inherits(method):
+        raise ValueError(
+            f'--share weighs a method by its gradient, but {method!r} '
+            f'{"states its own shares" if method == DEFAULT else "has none"}. '
+            f'Name another, for instance --method pkd, or edit what '
+            f'--print-config writes.'
+        )
+
+
 def _check_task(who: str, config: Config) -> None:
     """A config must be that of a detector, not of a tracker or classifier."""
     model = student_config(config.get('model') or {})
@@ -300,7 +314,7 @@ def _differing_classes(student: Config, checkpoint: str) -> list[str]:
     """A sentence, if teacher and data set name other classes."""
     if '://' in checkpoint:  # told when it is loaded
         return []
-    check_file(checkpoint, 'The teacher')
+    check_file(checkpoint, '--teacher-checkpoint')
     theirs = classes_of(read_checkpoint(checkpoint))
     ours = _classes_of_data(student)
     if not theirs or not ours or theirs == ours:

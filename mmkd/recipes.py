@@ -373,7 +373,7 @@ def recipe(method: str, pair: Pair, share: float | None = None) -> Terms:
     balanced = all(
         one['type'] == 'mmkd.BalancedTerm' for one in terms.values()
     )
-    if share is None or balanced or method == 'inherit':
+    if share is None or balanced or inherits(method):
         return terms
     return {
         'balanced': dict(type='mmkd.BalancedTerm', terms=terms, share=share)

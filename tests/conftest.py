@@ -1,8 +1,14 @@
 import mmkd  # noqa: F401, I001 - before mmdet, whose operators it brings
+from functools import cache
+
+import mmengine.config.utils
 import pytest
 import tiny
 import torch
 from mmengine.logging import MessageHub
+
+# A hundred metafiles of a package are parsed for each config of it.
+mmengine.config.utils.load = cache(mmengine.config.utils.load)
 
 
 @pytest.fixture(autouse=True)

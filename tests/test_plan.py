@@ -98,6 +98,20 @@ def test_a_share_weighs_any_method_by_its_gradient(files):
     assert found.config.model.terms.balanced.share == 0.3
 
 
+@pytest.mark.parametrize(
+    ('method', 'share', 'said'),
+    [
+        ('pkd', 0.0, '--share'),
+        ('pkd', -1.0, '--share'),
+        ('default', 1.0, 'its own shares'),
+        ('inherit', 1.0, 'has none'),
+    ],
+)
+def test_a_share_that_would_do_nothing_is_refused(method, share, said):
+    with pytest.raises(ValueError, match=said):
+        plan('student.py', 'teacher.py', 'teacher.pth', method, share)
+
+
 def test_a_student_may_begin_with_its_teacher_s_parts(files):
     """Neck and head, which are alike where the backbones are."""
     found = plan(*files(teacher=tiny.retinanet()), 'inherit')
