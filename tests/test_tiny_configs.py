@@ -210,7 +210,8 @@ def root(pictures, tmp_path, monkeypatch):
 
 def steps_of(config) -> int:
     """As many as reach every phase."""
-    lengths = [one.length for one in config.model.get('phases') or ()]
+    phases = config.model.get('phases') or ()
+    lengths = [one.get('length', 1) for one in phases]
     reach = math.ceil(sum(lengths) / min(lengths)) if lengths else 0
     return max(STEPS, reach)
 
