@@ -188,7 +188,10 @@ def build(model: dict, seed: int = 0) -> torch.nn.Module:
     """A detector whose weights follow from the seed alone."""
     init_default_scope('mmdet')
     torch.manual_seed(seed)
-    return MODELS.build(model)
+    detector = MODELS.build(model)
+    if hasattr(detector, 'level_embed'):  # else what was in the memory
+        torch.nn.init.normal_(detector.level_embed)
+    return detector
 
 
 def save_teacher(
