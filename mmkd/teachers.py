@@ -118,7 +118,7 @@ class Teacher:
         self.names = check_class_names(who, classes)
         self.shared = shared_classes(self.names)
         count = len(self.names if self.shared is None else self.shared)
-        detector = DETECTORS.build(with_classes(self._model, count))
+        detector = self._of_classes(count)
         found = set(head_classes(detector).values())
         if found != {count}:
             raise ValueError(
@@ -129,6 +129,11 @@ class Teacher:
                 f'features alone.'
             )
         return detector
+
+    def _of_classes(self, count: int) -> nn.Module:
+        # Detectors write into the config that they are built from.
+        model = with_classes(copy.deepcopy(self._model), count)
+        return DETECTORS.build(model)
 
     def __deepcopy__(self, memo: dict) -> Teacher:
         return self  # copies of the student, such as an EMA, share it
@@ -234,7 +239,7 @@ class Teacher:
         with preserved():
             whole = DETECTORS.build(copy.deepcopy(self._model))
             self._load_strictly(whole, state)
-            wider = DETECTORS.build(with_classes(self._model, count + 1))
+            wider = self._of_classes(count + 1)
         heads = set(head_classes(whole).values())
         if heads != {count}:
             raise ValueError(
