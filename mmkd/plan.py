@@ -166,8 +166,9 @@ def plan(
     Raises:
         FileNotFoundError: If there is no such config or checkpoint.
         ValueError: If there is no such method, a config is none of a
-            detector of images, the student's has teachers already, or the
-            method does not fit the pair; the message names those that do.
+            detector of images, the student's has teachers already, the
+            weights are of another detector, or the method does not fit the
+            pair; the message names those that do.
     """
     check_name('--method', 'method', method, RECIPES)
     _check_share(method, share)
@@ -200,6 +201,8 @@ def plan(
             raise ValueError(
                 _refusal(student, settings, pair, method, error, differ)
             ) from error
+        if '://' not in checkpoint:
+            model.teachers[TEACHER].load()  # whether the file is its own
         if names and not (inherits(method) or _compares(model)):
             del config.model.teachers[TEACHER]['classes']  # said of nothing
         rows = [
@@ -207,7 +210,8 @@ def plan(
             for name, term in terms.items()
             for row in _rows(name, model, term)
         ]
-        notes = [*differ, *_notes(model, terms)]
+        alike = student_config(teacher_config.model) == student.model
+        notes = [*differ, *_notes(model, terms, alike)]
     return Plan(config, source, method, tuple(rows), tuple(notes))
 
 
@@ -489,13 +493,19 @@ def _strides(side: int, *maps: Tensor) -> list[str]:
     return [str(round(side / one.shape[-1])) for one in maps]
 
 
-def _notes(model: nn.Module, terms: Mapping) -> list[str]:
+def _notes(model: nn.Module, terms: Mapping, alike: bool) -> list[str]:
     """What the whole costs, as far as arithmetic says."""
     model.take(terms)
     teacher = model.teachers[TEACHER]
     own = _size(model) - _size(model.terms)
     notes = []
-    if _size(teacher.detector) <= own:
+    if alike:
+        notes.append(
+            'Student and teacher are one and the same detector: the student '
+            'begins anew and learns from one that was trained before '
+            '(self-distillation).'
+        )
+    elif _size(teacher.detector) <= own:
         notes.append(
             f'Warning: the teacher has {_size(teacher.detector) / 1e6:.1f} M '
             f'weights, the student {own / 1e6:.1f} M. A teacher should be '

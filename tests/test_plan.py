@@ -315,6 +315,29 @@ def test_a_smaller_teacher_is_a_warning(files):
     assert 'Warning' not in str(plan(*files(), 'pkd'))
 
 
+def test_a_detector_may_learn_from_itself(files):
+    """Trained before, as it has a checkpoint: no mistake, and said."""
+    student, _, weights = files(teacher=tiny.retinanet())
+    for teacher in (student, files(teacher=tiny.retinanet())[1]):
+        found = str(plan(student, teacher, weights, 'pkd'))
+        assert 'one and the same detector' in found
+        assert 'Warning' not in found
+    assert 'the same detector' not in str(plan(*files(), 'pkd'))
+
+
+def test_weights_of_another_detector_are_refused_before_the_data(files):
+    """And of the same one with another head, which says what to type."""
+    student, teacher, _ = files()
+    _, _, other = files(teacher=tiny.faster_rcnn())
+    Config(dict(model=tiny.retinanet(**WIDE))).dump(teacher)
+    with pytest.raises(ValueError, match='checkpoint of another detector'):
+        plan(student, teacher, other)
+    _, _, head = files(teacher=tiny.retinanet(**WIDE, classes=5))
+    Config(dict(model=tiny.retinanet(**WIDE))).dump(teacher)
+    with pytest.raises(ValueError, match='Only the head differs'):
+        plan(student, teacher, head, 'pkd')
+
+
 def test_a_student_with_teachers_is_refused(files, tmp_path):
     student, teacher, weights = files()
     taught = tmp_path / 'taught.py'
@@ -349,6 +372,10 @@ def test_a_teacher_that_is_not_there_is_named_at_once(files):
     student, _, weights = files()
     with pytest.raises(FileNotFoundError, match='The teacher has no config'):
         plan(student, 'techer.py', weights)
+    with pytest.raises(FileNotFoundError, match='The student has no config'):
+        plan('studnet.py', student, weights)
+    with pytest.raises(FileNotFoundError, match='mmdet::retinanet/nothing'):
+        plan(student, 'mmdet::retinanet/nothing.py', weights)
     with pytest.raises(FileNotFoundError, match=r'nowhere\.pth'):
         plan(*files()[:2], 'nowhere.pth')
 
