@@ -130,6 +130,10 @@ FAMILIES = {
         'single objects: where the two differ most, or one query each',
         *('gid', 'icd'),
     ),
+    'query': (
+        'queries of detectors that ask their image, and what they answer',
+        *('go-lsd',),
+    ),
     'procedure': (
         'what other methods compare: new is what is trained when, or on what',
         *('backward-pass', 'bss', 'ig', 'mhd', 'p2p', 'sskd'),
@@ -150,6 +154,7 @@ TOLD_BY = {
     'foundation': 'FoundationTerm',
     'frs': 'ScoreWeight',
     'gid': 'InstanceTerm',
+    'go-lsd': 'LayerSelfTeachingTerm',
     'head': 'AssistantTerm',
     'hpm-kd': 'TeacherAttentionTerm',
     'icd': 'InstanceConditionalTerm',

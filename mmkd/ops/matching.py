@@ -52,15 +52,32 @@ def giou(first: Tensor, second: Tensor, eps: float = 1e-7) -> Tensor:
         [1.0, 0.0]
     """
     first, second = as_float(first), as_float(second)
-    low = torch.maximum(first[..., :2], second[..., :2])
-    high = torch.minimum(first[..., 2:], second[..., 2:])
-    overlap = (high - low).clamp(min=0).prod(-1)
-    union = _area(first) + _area(second) - overlap
+    overlap, union = _overlap(first, second)
     low = torch.minimum(first[..., :2], second[..., :2])
     high = torch.maximum(first[..., 2:], second[..., 2:])
     hull = (high - low).clamp(min=0).prod(-1)
     spare = (hull - union) / hull.clamp(min=eps)
     return overlap / union.clamp(min=eps) - spare
+
+
+def iou(first: Tensor, second: Tensor, eps: float = 1e-7) -> Tensor:
+    """IoU of boxes, likewise; in [0, 1].
+
+    Example:
+        >>> one = torch.tensor([0.0, 0, 2, 2])
+        >>> iou(one, torch.tensor([[0.0, 0, 2, 2], [0.0, 0, 2, 1]])).tolist()
+        [1.0, 0.5]
+    """
+    overlap, union = _overlap(as_float(first), as_float(second))
+    return overlap / union.clamp(min=eps)
+
+
+def _overlap(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas of intersection and union."""
+    low = torch.maximum(first[..., :2], second[..., :2])
+    high = torch.minimum(first[..., 2:], second[..., 2:])
+    overlap = (high - low).clamp(min=0).prod(-1)
+    return overlap, _area(first) + _area(second) - overlap
 
 
 def _area(boxes: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from mmkd.ops.matching import (
     assign,
     corners,
     giou,
+    iou,
     pairwise_box_cost,
     pick_queries,
 )
@@ -30,6 +31,12 @@ def test_giou_of_all_pairs_is_that_of_mmdet(boxes):
     expected = bbox_overlaps(first, second, mode='giou')
     found = giou(first[:, :, None], second[:, None])
     torch.testing.assert_close(found, expected)
+
+
+def test_iou_of_all_pairs_is_that_of_mmdet(boxes):
+    first, second = corners(boxes[0]), corners(boxes[1])
+    found = iou(first[:, :, None], second[:, None])
+    torch.testing.assert_close(found, bbox_overlaps(first, second))
 
 
 def test_giou_by_hand():
