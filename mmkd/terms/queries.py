@@ -264,6 +264,11 @@ def _softmax(detector: nn.Module) -> bool:
     return not getattr(detector, HEAD).loss_cls.use_sigmoid
 
 
+def own_queries(detector: nn.Module, total: int) -> slice:
+    """Where a detector's own queries are among all of a pass."""
+    return _own(detector, total)
+
+
 def _own(detector: nn.Module, total: int) -> slice:
     """Where a detector's own queries are among all of a pass."""
     info = getattr(detector, 'cache_dict', {}).get('dis_query_info')
