@@ -130,6 +130,10 @@ FAMILIES = {
         'single objects: where the two differ most, or one query each',
         *('gid', 'icd'),
     ),
+    'query': (
+        'detectors of queries: what decoders say, ask, and where they look',
+        *('d3etr', 'detrdistill'),
+    ),
     'procedure': (
         'what other methods compare: new is what is trained when, or on what',
         *('backward-pass', 'bss', 'ig', 'mhd', 'p2p', 'sskd'),
@@ -147,6 +151,8 @@ TOLD_BY = {
     'backward-pass': 'BackwardPassTerm',
     'bss': 'BoundaryTerm',
     'crosskd': 'CrossHeadTerm',
+    'd3etr': 'D3ETRTerm',
+    'detrdistill': 'DETRDistillTerm',
     'foundation': 'FoundationTerm',
     'frs': 'ScoreWeight',
     'gid': 'InstanceTerm',

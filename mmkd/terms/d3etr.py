@@ -320,15 +320,21 @@ def attention_paths(detector: nn.Module, kind: str) -> list[str]:
     return paths
 
 
+def has_maps(detector: nn.Module, kind: str) -> bool:
+    """Whether every layer of a decoder has a map."""
+    paths = attention_paths(detector, kind)
+    return len(paths) == len(detector.decoder.layers)
+
+
 def check_maps(detector: nn.Module, side: str, kind: str) -> None:
     """Every layer of a decoder must have maps.
 
     Raises:
         ValueError: If not; the message names the weight to set to 0.
     """
-    layers = detector.decoder.layers
-    if len(attention_paths(detector, kind)) == len(layers):
+    if has_maps(detector, kind):
         return
+    layers = detector.decoder.layers
     raise ValueError(
         f'D3ETRTerm compares the maps of {kind} in decoders, but that of the '
         f'{side}, {type(detector).__name__}, is a '

@@ -66,11 +66,12 @@ class DETRDistillTerm(Term):
 
     .. math::
         q_i &= \max_g c_{ig}^{\gamma} \, IoU(b_i, b_g)^{1 - \gamma}
-        \qquad \psi_i(x) = \max(0, \cos(s_i, F^T(x))) \\
+        \qquad \psi_i(x) = \cos(s_i, F^T(x)) \\
         feature &= \frac{1}{|X| D} \sum_x \frac{\sum_i q_i \psi_i(x)^2}
             {\sum_i q_i} \lVert F^S(x) - F^T(x) \rVert^2
 
-    c is the chance of the class of object g. Cells of the padded border do not
+    c is the chance of the class of object g. The mask stands inside of the
+    norm, so that its sign does not matter. Cells of the padded border do not
     count, and images without objects have no targets. Levels of unlike size
     are paired with the nearest, the student's resized.
 
@@ -106,7 +107,7 @@ class DETRDistillTerm(Term):
         Framework for DETR-families", ICCV 2023, arXiv:2211.10156. Read: a
         summary; no code. Ours: all weights and gamma, the divergence in the
         matching, one matching of positives and negatives together, the best
-        object in the quality, that the cosine is cut off at 0, and that masks
+        object in the quality, the states in place of the queries, and that masks
         are divided by the sum of the qualities.
     """
 
@@ -307,7 +308,7 @@ def _iou(first: Tensor, second: Tensor) -> Tensor:
 def target_mask(feature: Tensor, queries: Tensor, quality: Tensor) -> Tensor:
     r"""Where queries of quality look, in [0, 1].
 
-    .. math:: \frac{\sum_i q_i \max(0, \cos(s_i, F(x)))^2}{\sum_i q_i}
+    .. math:: \frac{\sum_i q_i \cos(s_i, F(x))^2}{\sum_i q_i}
 
     Args:
         feature: Map of one level, (N, D, h, w).
@@ -324,7 +325,7 @@ def target_mask(feature: Tensor, queries: Tensor, quality: Tensor) -> Tensor:
         tensor([[[[0.7500, 0.2500]]]])
     """
     cells = unit(feature.flatten(2), 1)  # N, D, S
-    alike = (unit(queries, -1) @ cells).clamp(min=0).square()
+    alike = (unit(queries, -1) @ cells).square()
     total = quality.sum(1, keepdim=True)
     share = quality / torch.where(total > 0, total, 1.0)
     mask = (share[:, None] @ alike).clamp(max=1)
