@@ -308,8 +308,7 @@ def test_a_memory_of_another_size_is_resized():
     # A teacher that looks everywhere alike does so in any size.
     shown = step.teacher('big')
     for path in attention_paths(teacher, CROSS):
-        shown.at(path)[1].fill_(1 / 64)
-    fixed = torch.zeros(())
+        shown.at(path)[1].data.fill_(1 / 64)  # no new version
     model = step.student.detector
     paths = attention_paths(model, CROSS)
     with recording(model, paths) as record:
