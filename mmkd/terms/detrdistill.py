@@ -107,8 +107,8 @@ class DETRDistillTerm(Term):
         Framework for DETR-families", ICCV 2023, arXiv:2211.10156. Read: a
         summary; no code. Ours: all weights and gamma, the divergence in the
         matching, one matching of positives and negatives together, the best
-        object in the quality, the states in place of the queries, and that masks
-        are divided by the sum of the qualities.
+        object in the quality, states in place of queries, and that masks are
+        divided by the sum of the qualities.
     """
 
     def __init__(

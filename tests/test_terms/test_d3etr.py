@@ -1,6 +1,7 @@
 """D³ETR: where decoders look, literally, and the order of queries in none."""
 
 import copy
+from itertools import chain
 
 import detrs
 import pytest
@@ -230,7 +231,7 @@ def test_fixed_parts_are_of_the_same_questions_in_the_same_order():
     other = of_layers(answers(shown), layers)
     model = step.student.detector
     paths = [attention_paths(model, kind) for kind in (SELF, CROSS)]
-    with recording(model, sum(paths, [])) as record:
+    with recording(model, chain(*paths)) as record:
         own = ask(step.student, question(shown))
     index = torch.arange(9).expand(2, 9)
     found = torch.ones(2, 9, dtype=torch.bool)
