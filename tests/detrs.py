@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import tiny
+import torch
 from mmengine.config import ConfigDict
 from mmengine.hub import get_config
+from torch import nn
+
+from mmkd.structures import Step
+from mmkd.taps import recording
+from mmkd.teachers import run_detector
 
 #: The configs, by what tests call them.
 CONFIGS = dict(
@@ -78,3 +84,59 @@ def _narrow(config: Any, width: int) -> None:
             _narrow(value, width)
         elif isinstance(value, dict):
             _narrow(value, width)
+
+
+class Shown:
+    """A teacher as terms see it while they are bound."""
+
+    memory = None
+
+    def __init__(self, detector: nn.Module) -> None:
+        self.detector = detector
+        self.paths: list[str] = []
+
+    def tap(self, path: str) -> None:
+        self.paths.append(path)
+
+
+def built(kind: str, seed: int = 0, **settings: Any) -> nn.Module:
+    """A tiny detector in which nothing is dropped and BatchNorm rests."""
+    model = tiny.build(detr(kind, **settings), seed)
+    if getattr(model, 'query_embedding', None) is not None:  # told apart
+        nn.init.normal_(model.query_embedding.weight)
+    for one in model.modules():
+        if isinstance(one, nn.Dropout):
+            one.p = 0
+        if isinstance(one, nn.MultiheadAttention):
+            one.dropout = 0
+    model.backbone.norm_eval = True
+    return model.train()
+
+
+def step_of(
+    term: nn.Module,
+    student: nn.Module,
+    teacher: nn.Module,
+    batch: tuple | None = None,
+) -> Step:
+    """What a term sees of a step, without a distiller around it."""
+    shown = Shown(teacher.eval().requires_grad_(False))
+    term.bind(student, dict(big=shown))
+    images, samples = batch or tiny.batch()
+    with recording(student, term.student_paths) as own:
+        student.loss(images, samples)
+    with torch.no_grad(), recording(teacher, shown.paths) as other:
+        run_detector(teacher, images, samples)
+    return Step(
+        student=own,
+        images=images,
+        samples=samples,
+        teachers=dict(big=lambda *_: other),
+    )
+
+
+def reorder(model: nn.Module, order: torch.Tensor) -> nn.Module:
+    """Put a detector's queries into another order."""
+    weight = model.query_embedding.weight
+    weight.data = weight.data[order]
+    return model

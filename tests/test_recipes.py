@@ -1,3 +1,6 @@
+import copy
+
+import detrs
 import heads
 import pytest
 import tiny
@@ -258,3 +261,53 @@ def test_the_crossing_leaves_the_teacher_a_layer():
     term = recipe('crosskd', pair)['cross']
     assert term['convs'] == 3
     assert 'align' not in term
+
+
+# Queries ---------------------------------------------------------------------
+
+
+def test_methods_of_queries_fit_what_two_decoders_share():
+    models = {
+        kind: dict(model=detrs.detr(kind)) for kind in ('dab', 'deformable')
+    }
+    pair = look(models['dab'], models['dab'], 'big')
+    assert pair.asks
+    assert pair.queries.form
+    assert pair.queries.maps == ('self', 'cross')
+    assert recipe('d3etr', pair)['d3etr'] == dict(
+        type='mmkd.D3ETRTerm', teacher='big'
+    )
+    assert recipe('detrdistill', pair)['detrdistill'] == dict(
+        type='mmkd.DETRDistillTerm', teacher='big', channels=(16, 16)
+    )
+    pair = look(models['dab'], models['deformable'])
+    assert not pair.queries.form
+    term = recipe('d3etr', pair)['d3etr']
+    assert term['fixed_weight'] == term['cross_weight'] == 0
+    assert 'self_weight' not in term
+    assert recipe('detrdistill', pair)['detrdistill']['prior_weight'] == 0
+
+
+@pytest.mark.parametrize('method', ['d3etr', 'detrdistill'])
+def test_methods_of_queries_teach_unlike_decoders(method, tmp_path):
+    student, teacher = detrs.detr('deformable'), detrs.detr('detr')
+    plain = [copy.deepcopy(one) for one in (student, teacher)]
+    pair = look(*(dict(model=one) for one in plain), 'big')
+    file = tiny.save_teacher(copy.deepcopy(teacher), tmp_path / 'big.pth')
+    big = dict(config=dict(model=teacher), checkpoint=str(file))
+    model = tiny.build(
+        tiny.distilled(student, dict(big=big), recipe(method, pair))
+    ).train()
+    model.teachers.load()
+    losses = model.loss(*tiny.batch())
+    tiny.total(
+        {key: one for key, one in losses.items() if 'loss_kd' in key}
+    ).backward()
+    assert model.backbone.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('method', ['d3etr', 'detrdistill'])
+def test_methods_of_queries_refuse_pairs_without(method, pair):
+    assert not pair.asks
+    with pytest.raises(ValueError, match=f'{method} compares decoders'):
+        recipe(method, pair)

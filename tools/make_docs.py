@@ -131,8 +131,8 @@ FAMILIES = {
         *('gid', 'icd'),
     ),
     'query': (
-        'queries of detectors that ask their image, and what they answer',
-        *('go-lsd',),
+        'detectors of queries: what decoders say, ask, and where they look',
+        *('d3etr', 'detrdistill', 'go-lsd'),
     ),
     'procedure': (
         'what other methods compare: new is what is trained when, or on what',
@@ -151,6 +151,8 @@ TOLD_BY = {
     'backward-pass': 'BackwardPassTerm',
     'bss': 'BoundaryTerm',
     'crosskd': 'CrossHeadTerm',
+    'd3etr': 'D3ETRTerm',
+    'detrdistill': 'DETRDistillTerm',
     'foundation': 'FoundationTerm',
     'frs': 'ScoreWeight',
     'gid': 'InstanceTerm',

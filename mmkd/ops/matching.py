@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from mmkd.ops.numeric import as_float
+from mmkd.ops.numeric import as_float, full_precision
 
 
 def corners(boxes: Tensor) -> Tensor:
@@ -107,6 +108,86 @@ def pairwise_box_cost(
     near = giou(*(corners(one) for one in pairs))
     distance = (pairs[0] - pairs[1]).abs().sum(-1)
     return l1_weight * distance + giou_weight * (1 - near)
+
+
+def pairwise_class_divergence(
+    student: Tensor, teacher: Tensor, softmax: bool = False
+) -> Tensor:
+    """How far apart the classes of all pairs of queries are.
+
+    That of :func:`mmkd.losses.query.query_class_divergence`, so that what is
+    matched by it cannot be had any nearer; by products of matrices, without a
+    value for each pair and class.
+
+    Args:
+        student: Logits, (N, Q, C).
+        teacher: Likewise, (N, P, C).
+        softmax: Whether the C are classes of one distribution.
+
+    Returns:
+        (N, Q, P), at least 0.
+
+    Example:
+        >>> z = torch.tensor([[[2.0, -1.0]]])
+        >>> round(pairwise_class_divergence(z, z).item(), 5)
+        0.0
+    """
+    student, teacher = as_float(student), as_float(teacher)
+    with full_precision(student):
+        if softmax:
+            own, other = student.log_softmax(-1), teacher.log_softmax(-1)
+            chance = other.exp()
+            least = (chance * other).sum(-1)
+            found = least[:, None] - own @ chance.mT
+        else:
+            chance, rest = teacher.sigmoid(), (-teacher).sigmoid()
+            least = chance * logsigmoid(teacher) + rest * logsigmoid(-teacher)
+            found = (
+                least.sum(-1)[:, None]
+                - logsigmoid(student) @ chance.mT
+                - logsigmoid(-student) @ rest.mT
+            )
+    return found.clamp(min=0)
+
+
+def pairwise_label_cost(
+    logits: Tensor,
+    labels: Tensor,
+    softmax: bool = False,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    eps: float = 1e-8,
+) -> Tensor:
+    r"""How badly queries fit labels, as DETR and its kind match them.
+
+    With one softmax :math:`-p_c`; with a sigmoid a class what a focal loss
+    asks if the label is c, less what it asks if it is not.
+
+    Args:
+        logits: Of queries, (..., Q, C).
+        labels: Classes of objects, (..., M).
+        softmax: Whether the C are classes of one distribution.
+        alpha, gamma: Of the focal loss.
+        eps: Least chance to take the logarithm of.
+
+    Returns:
+        (..., Q, M).
+
+    Example:
+        >>> logits = torch.tensor([[[0.0, 3.0]]])
+        >>> cost = pairwise_label_cost(logits, torch.tensor([[0, 1]]))[0, 0]
+        >>> bool(cost[1] < cost[0])
+        True
+    """
+    logits = as_float(logits)
+    shape = *logits.shape[:-1], labels.shape[-1]
+    index = labels[..., None, :].expand(shape)
+    if softmax:
+        return -logits.softmax(-1).gather(-1, index)
+    chance = logits.sigmoid().gather(-1, index)
+    yes = alpha * (1 - chance) ** gamma * -(chance + eps).log()
+    no = (1 - alpha) * chance**gamma * -(1 - chance + eps).log()
+    return yes - no
 
 
 def assign(cost: Tensor) -> tuple[Tensor, Tensor]:

@@ -146,7 +146,7 @@ def answers(outputs: Outputs) -> Answers:
     states = outputs.at(DECODER)['hidden_states']
     detector = outputs.detector
     found = Answers(logits, boxes, states, _softmax(detector))
-    return found.of(_own(detector, logits.shape[2]))
+    return found.of(own_queries(detector, logits.shape[2]))
 
 
 def question(outputs: Outputs) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ def question(outputs: Outputs) -> dict[str, Tensor]:
         Those of :data:`QUESTION` that it has, (N, Q, …) each.
     """
     _, given = outputs.inputs(DECODER)
-    own = _own(outputs.detector, given['query'].shape[1])
+    own = own_queries(outputs.detector, given['query'].shape[1])
     return {
         key: given[key][:, own]
         for key in QUESTION
@@ -264,7 +264,7 @@ def _softmax(detector: nn.Module) -> bool:
     return not getattr(detector, HEAD).loss_cls.use_sigmoid
 
 
-def _own(detector: nn.Module, total: int) -> slice:
+def own_queries(detector: nn.Module, total: int) -> slice:
     """Where a detector's own queries are among all of a pass."""
     info = getattr(detector, 'cache_dict', {}).get('dis_query_info')
     if info is not None:  # DDQ: denoising ones before, dense ones after

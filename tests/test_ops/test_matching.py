@@ -4,14 +4,22 @@ import itertools
 
 import pytest
 import torch
+from mmdet.models.task_modules.assigners import (
+    ClassificationCost,
+    FocalLossCost,
+)
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps
+from mmengine.structures import InstanceData
 
+from mmkd.losses.query import query_class_divergence
 from mmkd.ops.matching import (
     assign,
     corners,
     giou,
     iou,
     pairwise_box_cost,
+    pairwise_class_divergence,
+    pairwise_label_cost,
     pick_queries,
 )
 
@@ -97,3 +105,35 @@ def test_queries_are_picked_image_by_image():
     assert picked.tolist() == [
         [[[4, 5], [0, 1]], [[8, 9], [8, 9]]],
     ]
+
+
+# Classes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('softmax', [True, False])
+def test_divergence_of_all_pairs_is_that_of_each(softmax):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
+    expected = query_class_divergence(
+        student[:, :, None], teacher[:, None], softmax
+    )
+    found = pairwise_class_divergence(student, teacher, softmax)
+    torch.testing.assert_close(found, expected)
+
+
+def test_divergence_of_all_pairs_bears_large_logits():
+    logits = torch.tensor([[[80.0, -90.0], [-90.0, 80.0]]])
+    found = pairwise_class_divergence(logits, logits)[0]
+    assert found.isfinite().all()
+    assert found.diagonal().tolist() == [0, 0]
+    assert found[0, 1] > 100
+
+
+@pytest.mark.parametrize('softmax', [True, False])
+def test_label_cost_is_that_of_mmdet(softmax):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 4), torch.tensor([2, 0])
+    cost = ClassificationCost(1) if softmax else FocalLossCost(eps=1e-8)
+    expected = cost(InstanceData(scores=logits), InstanceData(labels=labels))
+    found = pairwise_label_cost(logits[None], labels[None], softmax)
+    torch.testing.assert_close(found[0], expected)
