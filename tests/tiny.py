@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -198,7 +199,8 @@ def save_teacher(
     model: dict, path: Path, seed: int = 7, meta: dict | None = None
 ) -> Path:
     """A checkpoint of random weights whose BatchNorm has seen data."""
-    detector = build(model, seed)
+    # Some detectors write into the config that they are built from.
+    detector = build(copy.deepcopy(model), seed)
     torch.manual_seed(seed)
     for one in detector.modules():
         if isinstance(one, torch.nn.BatchNorm2d):

@@ -19,7 +19,13 @@ model = dict(
     type='DABDETR',
     num_queries=20,
     data_preprocessor=_base_.pixels,
-    backbone=dict(_base_.backbone, out_indices=(2,)),
+    backbone=dict(
+        _base_.backbone,
+        num_stages=3,
+        strides=(1, 2, 2),
+        dilations=(1, 1, 1),
+        out_indices=(2,),
+    ),
     neck=dict(
         type='ChannelMapper',
         in_channels=[32],
