@@ -28,6 +28,7 @@ from mmkd.randomness import preserved
 from mmkd.registry import DETECTORS
 from mmkd.taps import maps_of, recording
 from mmkd.teachers import run_detector, without_init
+from mmkd.terms.queries import asks
 
 #: Heads whose first output is not a logit an anchor and class: probabilities,
 #: or boxes and classes in one map.
@@ -89,6 +90,7 @@ class Pair:
         student: The student's plain ``model``.
         teacher: The teacher's name among the distiller's teachers.
         heads: What their dense heads share; None if one has none.
+        asks: Whether both find objects by queries.
     """
 
     tap: str
@@ -96,6 +98,7 @@ class Pair:
     student: Mapping = field(repr=False)
     teacher: str = 'teacher'
     heads: Heads | None = None
+    asks: bool = False
 
     def term(self, loss: Mapping, adapt: bool = True, **more: Any) -> dict:
         """A feature term over all common levels.
@@ -255,7 +258,14 @@ def look(
             )
     if not levels:
         levels = [_nearest(own, other)]
-    return Pair(tap, tuple(levels), models[0], name, _heads(*detectors))
+    return Pair(
+        tap,
+        tuple(levels),
+        models[0],
+        name,
+        _heads(*detectors),
+        all(map(asks, detectors)),
+    )
 
 
 def _heads(*detectors: nn.Module) -> Heads | None:
@@ -735,6 +745,36 @@ def proposal(pair: Pair) -> Terms:
         negative_weight=2.0,
     )
     return dict(proposal=term)
+
+
+@_method
+def kd_detr(pair: Pair) -> Terms:
+    _check_queries('kd_detr', pair)
+    term = dict(type='mmkd.SharedQueryTerm', teacher=pair.teacher)
+    return dict(kd_detr=term)
+
+
+@_method
+def clock(pair: Pair) -> Terms:
+    _check_queries('clock', pair)
+    term = dict(
+        type='mmkd.CLoCKTerm',
+        teacher=pair.teacher,
+        **pair.paired(),
+        **pair.align(),
+    )
+    if pair.heads is None:  # other classes
+        term.update(cls_weight=0.0, l1_weight=0.0, giou_weight=0.0)
+    return dict(clock=term)
+
+
+def _check_queries(method: str, pair: Pair) -> None:
+    if not pair.asks:
+        raise ValueError(
+            f'{method} asks two detectors of the DETR family, but of '
+            f'{pair.student["type"]} and its teacher not both find objects '
+            f'by queries. Choose a method on features, for instance pkd.'
+        )
 
 
 @_method

@@ -59,6 +59,8 @@ def permuted(model, order):
 
 def distilled(student, teacher, term, folder):
     """A student with one term, x, and a teacher of random weights."""
+    # Detectors write into the config that they are built from.
+    student = copy.deepcopy(student)
     file = tiny.save_teacher(copy.deepcopy(teacher), folder / 'teacher.pth')
     big = dict(config=dict(model=teacher), checkpoint=str(file))
     model = tiny.build(tiny.distilled(student, dict(big=big), dict(x=term)))

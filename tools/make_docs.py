@@ -130,6 +130,10 @@ FAMILIES = {
         'single objects: where the two differ most, or one query each',
         *('gid', 'icd'),
     ),
+    'query': (
+        'what queries of the DETR family ask, see and answer',
+        *('clock', 'kd-detr', 'MemoryTerm'),
+    ),
     'procedure': (
         'what other methods compare: new is what is trained when, or on what',
         *('backward-pass', 'bss', 'ig', 'mhd', 'p2p', 'sskd'),
@@ -146,6 +150,7 @@ FAMILIES = {
 TOLD_BY = {
     'backward-pass': 'BackwardPassTerm',
     'bss': 'BoundaryTerm',
+    'clock': 'CLoCKTerm',
     'crosskd': 'CrossHeadTerm',
     'foundation': 'FoundationTerm',
     'frs': 'ScoreWeight',
@@ -154,6 +159,7 @@ TOLD_BY = {
     'hpm-kd': 'TeacherAttentionTerm',
     'icd': 'InstanceConditionalTerm',
     'ig': 'IGOverlay',
+    'kd-detr': 'SharedQueryTerm',
     'lgd': 'LabelGuidedTerm',
     'makd': 'MultiAspectTerm',
     'mask-kd': 'MaskTerm',
