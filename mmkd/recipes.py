@@ -837,6 +837,27 @@ def proposal(pair: Pair) -> Terms:
 
 
 @_method
+def kd_detr(pair: Pair) -> Terms:
+    _both_ask('kd_detr', pair)
+    term = dict(type='mmkd.SharedQueryTerm', teacher=pair.teacher)
+    return dict(kd_detr=term)
+
+
+@_method
+def clock(pair: Pair) -> Terms:
+    _both_ask('clock', pair)
+    term = dict(
+        type='mmkd.CLoCKTerm',
+        teacher=pair.teacher,
+        **pair.paired(),
+        **pair.align(),
+    )
+    if pair.heads is None:  # other classes
+        term.update(cls_weight=0.0, l1_weight=0.0, giou_weight=0.0)
+    return dict(clock=term)
+
+
+@_method
 def inherit(pair: Pair) -> Terms:
     """The teacher's neck and head to start from, and nothing to learn."""
     loss = dict(type='mmkd.MimicLoss', loss_weight=0.0)

@@ -1,9 +1,11 @@
 import copy
+from dataclasses import replace
 
 import detrs
 import heads
 import pytest
 import tiny
+from asking import distilled
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -311,3 +313,34 @@ def test_methods_of_queries_refuse_pairs_without(method, pair):
     assert not pair.asks
     with pytest.raises(ValueError, match=f'{method} compares decoders'):
         recipe(method, pair)
+
+
+@pytest.mark.parametrize('method', ['kd_detr', 'clock'])
+@pytest.mark.parametrize('kinds', [('deformable', 'refine'), ('dab', 'dab')])
+def test_detectors_of_queries_teach_by_asking(method, kinds, tmp_path):
+    student, teacher = (
+        detrs.detr(kind, base=base) for kind, base in zip(kinds, (8, 16))
+    )
+    pair = look(*(dict(model=one) for one in (student, teacher)), 'big')
+    assert pair.asks
+    (term,) = recipe(method, pair).values()
+    model = distilled(student, teacher, term, tmp_path)
+    losses = model.loss(*tiny.batch())
+    tiny.total(
+        {key: one for key, one in losses.items() if 'loss_kd' in key}
+    ).backward()
+    assert model.backbone.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('method', ['kd_detr', 'clock'])
+def test_detectors_without_queries_are_not_asked(pair, method):
+    assert not pair.asks
+    with pytest.raises(ValueError, match='compares decoders of queries'):
+        recipe(method, pair)
+
+
+def test_memories_teach_what_other_classes_allow():
+    model = dict(model=detrs.detr('dab'))
+    pair = replace(look(model, model), heads=None)
+    (term,) = recipe('clock', pair).values()
+    assert not MODELS.build(term).compares_classes()

@@ -132,7 +132,7 @@ FAMILIES = {
     ),
     'query': (
         'detectors of queries: what decoders say, ask, and where they look',
-        *('d3etr', 'detrdistill', 'go-lsd'),
+        *('clock', 'd3etr', 'detrdistill', 'go-lsd', 'kd-detr', 'MemoryTerm'),
     ),
     'procedure': (
         'what other methods compare: new is what is trained when, or on what',
@@ -150,6 +150,7 @@ FAMILIES = {
 TOLD_BY = {
     'backward-pass': 'BackwardPassTerm',
     'bss': 'BoundaryTerm',
+    'clock': 'CLoCKTerm',
     'crosskd': 'CrossHeadTerm',
     'd3etr': 'D3ETRTerm',
     'detrdistill': 'DETRDistillTerm',
@@ -161,6 +162,7 @@ TOLD_BY = {
     'hpm-kd': 'TeacherAttentionTerm',
     'icd': 'InstanceConditionalTerm',
     'ig': 'IGOverlay',
+    'kd-detr': 'SharedQueryTerm',
     'lgd': 'LabelGuidedTerm',
     'makd': 'MultiAspectTerm',
     'mask-kd': 'MaskTerm',
