@@ -738,6 +738,13 @@ def proposal(pair: Pair) -> Terms:
 
 
 @_method
+def predicted(pair: Pair) -> Terms:
+    """For any pair: what the teacher detects is learnt as if annotated."""
+    term = dict(type='mmkd.PredictedBoxTerm', teacher=pair.teacher)
+    return dict(predicted=term)
+
+
+@_method
 def inherit(pair: Pair) -> Terms:
     """The teacher's neck and head to start from, and nothing to learn."""
     loss = dict(type='mmkd.MimicLoss', loss_weight=0.0)
