@@ -76,13 +76,12 @@ class PredictedBoxTerm(Term):
             masks and the teacher predicts none, while the model is built.
 
     Reference:
-        Training on a teacher's thresholded boxes is pseudo-labelling as in
         Sohn et al., "A Simple Semi-Supervised Learning Framework for Object
-        Detection", arXiv:2005.04757, there of images without labels and under
-        strong augmentation, and sequence-level distillation as in Kim and
-        Rush, "Sequence-Level Knowledge Distillation", EMNLP 2016,
-        arXiv:1606.07947, of which an image's boxes are the counterpart here.
-        Known by their abstracts. That it is a term of the same step, from
+        Detection", 2020, arXiv:2005.04757, of images without labels, whose
+        boxes come from a teacher before the training and are learnt under
+        strong augmentation; and, of sentences, Kim and Rush, "Sequence-Level
+        Knowledge Distillation", EMNLP 2016, arXiv:1606.07947. Known by their
+        abstracts. That it is a term of the same step, beside labels and from
         maps that are there, ``union`` and the defaults are ours.
     """
 
