@@ -89,6 +89,7 @@ class Pair:
         student: The student's plain ``model``.
         teacher: The teacher's name among the distiller's teachers.
         heads: What their dense heads share; None if one has none.
+        comparable: Whether any class of the two is the same, or may be.
     """
 
     tap: str
@@ -96,6 +97,7 @@ class Pair:
     student: Mapping = field(repr=False)
     teacher: str = 'teacher'
     heads: Heads | None = None
+    comparable: bool = True
 
     def term(self, loss: Mapping, adapt: bool = True, **more: Any) -> dict:
         """A feature term over all common levels.

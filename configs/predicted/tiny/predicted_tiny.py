@@ -13,7 +13,7 @@ model = dict(
     ),
     terms=dict(
         predicted=dict(
-            type='mmkd.PredictedBoxTerm', teacher='big', score_thr=0.5
+            type='mmkd.PredictedBoxTerm', teacher='big', score_thr=0.1
         )
     ),
 )
