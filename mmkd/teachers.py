@@ -38,6 +38,7 @@ from mmkd.compat.checkpoint import (
     state_dict_of,
 )
 from mmkd.configs import read_config, student_config
+from mmkd.fast import Fast, speed_of
 from mmkd.memory import Memory
 from mmkd.pixels import Pixels, translate
 from mmkd.randomness import preserved
@@ -77,11 +78,17 @@ class Teacher:
             whatever it says is said of the student's classes. Of a softmax
             what is left are the probabilities given that an object is of
             none of the classes left out. As they are if None.
+        fast: Run a copy that takes less time, by what is fastest on the
+            device, or by settings of :class:`mmkd.fast.Speed`, for instance
+            ``dict(precision='bf16')``. The first batch tells whether it says
+            the same; else the next slower way is taken, with a warning. The
+            copy takes the memory of the teacher's weights once more.
         name: Name among the distiller's teachers, for messages.
 
     Raises:
         FileNotFoundError: If there is no such config.
-        ValueError: If ``cache`` is negative, or ``classes`` are no such list
+        ValueError: If ``cache`` is negative, ``fast`` has a setting that is
+            not known, or ``classes`` are no such list
             or of a detector whose heads cannot be cut.
     """
 
@@ -95,6 +102,7 @@ class Teacher:
         sham: bool = False,
         cache: float = 0.0,
         classes: Sequence[str | None] | None = None,
+        fast: bool | Mapping[str, Any] = False,
         name: str = 'teacher',
     ) -> None:
         self.name, self.checkpoint, self.ema = name, checkpoint, ema
@@ -110,6 +118,9 @@ class Teacher:
         self.memory: Memory | None = None
         if cache:
             self.memory = Memory(self.detector, cache, f'Teacher {name!r}')
+        speed_of(fast, torch.device('cpu'))  # raises for a wrong setting
+        self._speed = fast
+        self.fast: Fast | None = None
         self.paths: list[str] = []
         self.classes: tuple[str, ...] | None = None
         self.loaded = False
@@ -335,17 +346,32 @@ class Teacher:
         paths = self.paths if paths is None else list(paths)
 
         def watch(images: Tensor, samples: list) -> Record:
-            with (
-                torch.set_grad_enabled(grad),
-                recording(self.detector, paths, stop=True) as record,
-            ):
-                record.size = tuple(images.shape[-2:])
-                run_detector(self.detector, images, samples)
-            return record
+            def run(detector: nn.Module, images: Tensor) -> Record:
+                with (
+                    torch.set_grad_enabled(grad),
+                    recording(detector, paths, stop=True) as record,
+                ):
+                    record.size = tuple(images.shape[-2:])
+                    run_detector(detector, images, samples)
+                return record
+
+            fast = None if grad else self._fast(images.device)
+            if fast is None:
+                return run(self.detector, images)
+            return fast.watch(run, images, paths)
 
         if self.memory is None or grad or not self.loaded:
             return watch(images, samples)
         return self.memory.recall(images, samples, paths, watch)
+
+    def _fast(self, device: torch.device) -> Fast | None:
+        """The faster way to run it, once there are weights."""
+        if self.fast is None and self.loaded:
+            speed = speed_of(self._speed, device)
+            if speed is not None:
+                who = f'Teacher {self.name!r}'
+                self.fast = Fast(self.detector, speed, who)
+        return self.fast
 
     def _another(self, images: Tensor, samples: list) -> tuple[Tensor, list]:
         # One image is what a model is checked with while it is built.
