@@ -197,6 +197,7 @@ def plan(
             config = _distilling(student, settings, terms)
             # Detectors write into the config that they are built from.
             model = MODELS.build(copy.deepcopy(config.model)).eval()
+            _check_classes(model, pair)
         except (ValueError, RuntimeError) as error:
             raise ValueError(
                 _refusal(student, settings, pair, method, error, differ)
@@ -212,6 +213,11 @@ def plan(
         ]
         alike = student_config(teacher_config.model) == student.model
         notes = [*differ, *_notes(model, terms, alike)]
+        if method == DEFAULT and pair.comparable and not _scores(pair):
+            notes.append(
+                'The heads say nothing that could be compared cell by cell. '
+                '--method predicted trains on what the teacher detects.'
+            )
     return Plan(config, source, method, tuple(rows), tuple(notes))
 
 
@@ -241,6 +247,7 @@ def fitting(
             try:
                 model.teachers[TEACHER].check_heirlooms(model)
                 model.take(recipe(method, pair))
+                _check_classes(model, pair)
             except (ValueError, RuntimeError) as error:
                 found[method] = str(error)
             else:
@@ -385,6 +392,10 @@ def _paired(
     return pair, names, [apart + said]
 
 
+def _scores(pair: Pair) -> bool:
+    return any(level.scores for level in pair.levels)
+
+
 def _compares(model: nn.Module) -> bool:
     return any(term.compares_classes() for term in model.terms.values())
 
@@ -404,7 +415,15 @@ def _some(names: tuple[str, ...]) -> str:
 
 def _without_classes(pair: Pair) -> Pair:
     levels = tuple(replace(one, scores=False) for one in pair.levels)
-    return replace(pair, levels=levels, heads=None)
+    return replace(pair, levels=levels, heads=None, comparable=False)
+
+
+def _check_classes(model: nn.Module, pair: Pair) -> None:
+    if not pair.comparable and _compares(model):
+        raise ValueError(
+            'It compares classes, of which student and teacher share none. '
+            'Choose a method on features, for instance pkd.'
+        )
 
 
 def _refusal(

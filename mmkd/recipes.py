@@ -111,6 +111,7 @@ class Pair:
         heads: What their dense heads share; None if one has none.
         asks: Whether both find objects by queries.
         queries: What their decoders share; None if one has none.
+        comparable: Whether any class of the two is the same, or may be.
     """
 
     tap: str
@@ -120,6 +121,7 @@ class Pair:
     heads: Heads | None = None
     asks: bool = False
     queries: Queries | None = None
+    comparable: bool = True
 
     def term(self, loss: Mapping, adapt: bool = True, **more: Any) -> dict:
         """A feature term over all common levels.
@@ -852,9 +854,16 @@ def clock(pair: Pair) -> Terms:
         **pair.paired(),
         **pair.align(),
     )
-    if pair.heads is None:  # other classes
+    if not pair.comparable:
         term.update(cls_weight=0.0, l1_weight=0.0, giou_weight=0.0)
     return dict(clock=term)
+
+
+@_method
+def predicted(pair: Pair) -> Terms:
+    """For any pair: what the teacher detects is learnt as if annotated."""
+    term = dict(type='mmkd.PredictedBoxTerm', teacher=pair.teacher)
+    return dict(predicted=term)
 
 
 @_method

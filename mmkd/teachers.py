@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import get_box_tensor
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmkd.checks import check_name
@@ -547,6 +550,52 @@ def fed(detector: nn.Module, maps: tuple[Tensor, ...]) -> Iterator[None]:
         yield
     finally:
         del detector.__dict__['extract_feat']
+
+
+def detections(
+    detector: nn.Module,
+    maps: tuple[Tensor, ...],
+    samples: list,
+    images: Tensor,
+    size: tuple[int, int] | None = None,
+) -> list[InstanceData]:
+    """What a detector finds in a batch, from maps that are there.
+
+    Args:
+        detector: The detector, in evaluation.
+        maps: What it finds where it would extract features.
+        samples: mmdet's sample of each image; nothing is written into them.
+        images: The batch, (N, 3, H, W).
+        size: Height and width of the images it was shown; of ``images`` if
+            None.
+
+    Returns:
+        Of each image what its own post-processing leaves, in pixels of the
+        batch: ``bboxes`` (M, 4) in float32, ``scores``, ``labels`` and, if it
+        predicts them, ``masks``.
+    """
+    size = tuple(size or images.shape[-2:])
+    shown = []
+    for sample in samples:
+        shape = tuple(sample.metainfo.get('img_shape', size)[:2])
+        # As if nothing had been resized: masks are made in these sizes, and
+        # CenterNet subtracts a border, of which only the corner counts.
+        meta = dict(
+            img_shape=shape,
+            ori_shape=shape,
+            pad_shape=size,
+            batch_input_shape=size,
+            scale_factor=(1.0, 1.0),
+            flip=False,
+            border=(0, shape[0], 0, shape[1]),
+        )
+        shown.append(DetDataSample(metainfo={**sample.metainfo, **meta}))
+    with torch.no_grad(), fed(detector, maps):
+        found = detector.predict(images, shown, rescale=False)
+    results = [one.pred_instances for one in found]
+    for one in results:
+        one.bboxes = get_box_tensor(one.bboxes).float()
+    return results
 
 
 def _of_size(sample: Any, size: tuple[int, int]) -> Any:

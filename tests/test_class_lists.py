@@ -33,18 +33,6 @@ def scope():
     init_default_scope('mmdet')
 
 
-def lively(model, seed=5):
-    """A detector in evaluation whose every weight says something."""
-    detector = tiny.build(copy.deepcopy(model))
-    torch.manual_seed(seed)
-    for name, one in detector.named_parameters():
-        if one.ndim > 1:
-            one.data.normal_(std=one[0].numel() ** -0.5)
-        elif 'head' in name and name.endswith('bias'):
-            one.data.normal_(std=0.1)
-    return detector.eval()
-
-
 @pytest.fixture
 def save(tmp_path):
     def save(detector, names, name='teacher'):
@@ -61,7 +49,7 @@ def loaded(save):
     """A detector and the teacher that was cut from it."""
 
     def loaded(model, names, classes=OWN):
-        whole = lively(model)
+        whole = tiny.lively(model)
         teacher = Teacher(
             dict(model=model), save(whole, names), classes=classes
         )
@@ -207,7 +195,7 @@ def test_what_is_not_of_classes_is_the_file_s(loaded):
 
 
 def test_cutting_draws_nothing(save):
-    file = save(lively(three_shapes()), MORE)
+    file = save(tiny.lively(three_shapes()), MORE)
     teacher = Teacher(dict(model=three_shapes()), file, classes=OWN)
     before = torch.get_rng_state()
     teacher.load()
@@ -296,7 +284,7 @@ def reordered(detector, names, order):
 )
 def test_the_order_of_a_teacher_s_classes_changes_nothing(model, terms, save):
     """No loss and no gradient, though its weights and names are permuted."""
-    detector = lively(model)
+    detector = tiny.lively(model)
     names = ('cow', 'cat', 'dog')
     other = reordered(detector, OWN, names)
     config = dict(model=model)
@@ -320,8 +308,8 @@ def test_the_order_of_a_teacher_s_classes_changes_nothing(model, terms, save):
 
 def test_classes_that_a_teacher_has_besides_change_nothing(save):
     """It is the teacher without their channels."""
-    few = lively(three_shapes(3))
-    more = lively(three_shapes(5))
+    few = tiny.lively(three_shapes(3))
+    more = tiny.lively(three_shapes(5))
     for name, one in more.named_parameters():
         small = few.get_parameter(name).data
         if 'retina_cls' in name:
@@ -358,7 +346,7 @@ def raw(model, terms, save, names=LACKS, classes=SOME):
     """A student in its first step, and the shares of its terms."""
     teacher = dict(
         config=dict(model=model),
-        checkpoint=save(lively(model), names),
+        checkpoint=save(tiny.lively(model), names),
         classes=classes,
     )
     student = tiny.build(
@@ -376,7 +364,7 @@ def test_only_what_both_know_is_compared(save):
     images, samples = tiny.batch(shapes=((128, 128),) * 2)
     share = student.loss(images, samples)['loss_kd_x']
     own = student.bbox_head(student.extract_feat(images))[0]
-    other = head_of_file = lively(model)
+    other = head_of_file = tiny.lively(model)
     with torch.no_grad():
         other = head_of_file.bbox_head(head_of_file.extract_feat(images))[0]
     expected = 0

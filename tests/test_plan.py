@@ -237,6 +237,25 @@ def test_classes_of_other_names_leave_features(files):
         plan(*paths, 'cwd_scores')
 
 
+@pytest.mark.parametrize('method', ['predicted', 'maskd'])
+def test_without_a_common_class_no_term_compares_any(files, method):
+    """Also where nothing but the term itself knows that it does."""
+    paths = files(meta=said(('one', 'another', 'x')))
+    with pytest.raises(ValueError, match='share none') as caught:
+        plan(*paths, method)
+    named = str(caught.value).rpartition('--method ')[2]
+    assert 'pkd' in named
+    assert 'predicted' not in named
+
+
+def test_heads_of_other_kinds_are_told_of_another_way(files):
+    found = str(plan(*files(tiny.faster_rcnn())))
+    assert '--method predicted' in found
+    assert '--method predicted' not in str(plan(*files()))
+    found = plan(*files(tiny.faster_rcnn()), 'predicted')
+    assert found.rows[0][:3] == ('predicted', 'neck', 'neck')
+
+
 def test_classes_in_another_order_are_compared_by_name(files):
     paths = files(meta=said(runs.NAMES[::-1]))
     found = plan(*paths)

@@ -341,6 +341,6 @@ def test_detectors_without_queries_are_not_asked(pair, method):
 
 def test_memories_teach_what_other_classes_allow():
     model = dict(model=detrs.detr('dab'))
-    pair = replace(look(model, model), heads=None)
+    pair = replace(look(model, model), comparable=False)
     (term,) = recipe('clock', pair).values()
     assert not MODELS.build(term).compares_classes()

@@ -195,6 +195,18 @@ def build(model: dict, seed: int = 0) -> torch.nn.Module:
     return detector
 
 
+def lively(model: dict, seed: int = 5) -> torch.nn.Module:
+    """A detector in evaluation whose every weight says something."""
+    detector = build(copy.deepcopy(model))
+    torch.manual_seed(seed)
+    for name, one in detector.named_parameters():
+        if one.ndim > 1:
+            one.data.normal_(std=one[0].numel() ** -0.5)
+        elif 'head' in name and name.endswith('bias'):
+            one.data.normal_(std=0.1)
+    return detector.eval()
+
+
 def save_teacher(
     model: dict, path: Path, seed: int = 7, meta: dict | None = None
 ) -> Path:

@@ -124,7 +124,7 @@ FAMILIES = {
     'response': (
         'class scores, boxes, masks: what the heads say',
         *('bckd', 'cmkd', 'crosskd', 'dist', 'dkd', 'head', 'ld', 'mask-kd'),
-        *('mhkd', 'nkd', 'one', 'rpn-kd', 'soft-target'),
+        *('mhkd', 'nkd', 'one', 'predicted', 'rpn-kd', 'soft-target'),
     ),
     'instance': (
         'single objects: where the two differ most, or one query each',
@@ -171,6 +171,7 @@ TOLD_BY = {
     'mlkd-bert': 'MLKDBertLayersTerm',
     'mmkd-meta': 'MetaTeachersTerm',
     'mtpd': 'MGDLoss',
+    'predicted': 'PredictedBoxTerm',
     'multi-teacher': 'PKDLoss',
     'one': 'OneTerm',
     'p2p': 'PeersTerm',

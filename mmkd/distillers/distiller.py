@@ -550,9 +550,9 @@ def _check_some(
 
 def _way_out(teacher: str, names: str = '…') -> str:
     return (
-        f"Say what the teacher calls each of the student's classes, None for "
-        f'one that it lacks: teachers=dict({teacher}=dict(classes={names})); '
-        f"or use a feature term (tap='neck')."
+        f'Set teachers=dict({teacher}=dict(classes={names})), what the '
+        f"teacher calls each of the student's classes, None for one that it "
+        f"lacks, or use a feature term (tap='neck')."
     )
 
 
