@@ -132,7 +132,7 @@ FAMILIES = {
     ),
     'query': (
         'what queries of the DETR family ask, see and answer',
-        *('clock', 'kd-detr', 'MemoryTerm'),
+        *('clock', 'kd-detr', 'CLoCKDistill, memory part', 'MemoryTerm'),
     ),
     'procedure': (
         'what other methods compare: new is what is trained when, or on what',
