@@ -60,6 +60,12 @@ ONE_WIDTH = frozenset(
 NECK = frozenset(('maskd', 'freekd'))
 #: The teacher's own loss is asked with the student's labels.
 LABELS = frozenset(('maskd', 'freekd'))
+#: Those of queries have tests of their own.
+METHODS = [
+    name
+    for name in RECIPES
+    if name not in ('clock', 'd3etr', 'detrdistill', 'kd_detr')
+]
 #: The student is trained on what the teacher detects.
 DETECTS = frozenset(['predicted'])
 
@@ -297,7 +303,7 @@ def tried(request, tmp_path_factory):
     begin(MessageHub.get_current_instance())  # before any test's own
     row = ROWS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    return attempt(row, folder, list(RECIPES))
+    return attempt(row, folder, METHODS)
 
 
 def attempt(row: Row, folder: Path, methods: Iterable[str]) -> Tried:
@@ -444,7 +450,7 @@ def own_part(state: dict) -> dict:
 WAY_OUT = re.compile('Choose|Use|Set|Add|Take|Write|Leave')
 
 
-@pytest.mark.parametrize('method', RECIPES)
+@pytest.mark.parametrize('method', METHODS)
 def test_a_recipe_teaches_every_level_or_says_what_else_to_do(tried, method):
     assert (method in tried.refused) == (method in tried.row.lacks), (
         tried.refused.get(method)

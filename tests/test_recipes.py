@@ -12,6 +12,9 @@ from mmengine.registry import init_default_scope
 from mmkd.recipes import DEFAULT, RECIPES, look, recipe
 from mmkd.registry import MODELS
 
+#: Methods for detectors of queries alone.
+OF_QUERIES = ('clock', 'd3etr', 'detrdistill', 'kd_detr')
+
 
 @pytest.fixture(scope='module')
 def pair():
@@ -132,6 +135,8 @@ def test_every_method_trains_a_pair_of_unequal_widths(build, method, share):
         student, teacher = heads.gfl(), heads.gfl(base=16)
     elif method == 'proposal':  # looks at second stages
         student, teacher = tiny.faster_rcnn(), tiny.faster_rcnn(base=16)
+    elif method in OF_QUERIES:
+        student, teacher = (detrs.detr('dab', base) for base in (8, 16))
     else:
         student, teacher = tiny.retinanet(), tiny.retinanet(channels=24)
     pair = look(dict(model=student), dict(model=teacher), 'big')

@@ -134,6 +134,11 @@ ADVICE = re.compile(
 
 
 def wide(model):
+    if 'decoder' in model:  # whose head is as wide as its queries
+        model.backbone.update(base_channels=24, stem_channels=24)
+        stages = model.backbone.out_indices
+        model.neck.in_channels = [24 * 2**stage for stage in stages]
+        return model
     model.neck.out_channels = model.bbox_head.in_channels = 48
     return model
 

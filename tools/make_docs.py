@@ -133,6 +133,7 @@ FAMILIES = {
     'query': (
         'detectors of queries: what decoders say, ask, and where they look',
         *('clock', 'd3etr', 'detrdistill', 'go-lsd', 'kd-detr', 'MemoryTerm'),
+        *('CLoCKDistill, memory part',),
     ),
     'procedure': (
         'what other methods compare: new is what is trained when, or on what',

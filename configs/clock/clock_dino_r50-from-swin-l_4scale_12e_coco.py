@@ -1,4 +1,4 @@
-"""CLoCKDistill: DINO R-50 (49.0 AP alone) learns from Swin-L (58.4 AP).
+"""CLoCKDistill: DINO R-50 (49.0 AP alone) learns from Swin-L (57.2 AP).
 
 python tools/train.py \
     configs/clock/clock_dino_r50-from-swin-l_4scale_12e_coco.py
@@ -23,11 +23,11 @@ model = dict(
     student=_base_.model.type,
     teachers=dict(
         swin=dict(
-            config='mmdet::dino/dino-5scale_swin-l_8xb2-36e_coco.py',
+            config='mmdet::dino/dino-5scale_swin-l_8xb2-12e_coco.py',
             checkpoint=(
-                'https://github.com/RistoranteRist/mmlab-weights/releases/'
-                'download/dino-swinl/'
-                'dino-5scale_swin-l_8xb2-36e_coco-5486e051.pth'
+                'https://download.openmmlab.com/mmdetection/v3.0/dino/'
+                'dino-5scale_swin-l_8xb2-12e_coco/'
+                'dino-5scale_swin-l_8xb2-12e_coco_20230228_072924-a654145f.pth'
             ),
         )
     ),

@@ -1,4 +1,4 @@
-"""CLoCKDistill: an encoder's memory, in objects and beside them."""
+"""CLoCKDistill, memory part: what encoders hand on, where objects are."""
 
 from __future__ import annotations
 
