@@ -378,7 +378,10 @@ def assert_teacher_is(teacher: torch.nn.Module, weights: Path) -> None:
 
 
 def small_batch(model: ConfigDict, seed: int) -> dict:
-    """Two pictures of at most 64 pixels, as a data loader gives them."""
+    """Two pictures of at most 64 pixels, as a data loader gives them.
+
+    Of 256 for students that choose hundreds of queries among the cells.
+    """
     images, samples = tiny.batch(
         shapes=((64, 64), (48, 56)), seed=seed, classes=COCO_CLASSES
     )
@@ -386,7 +389,18 @@ def small_batch(model: ConfigDict, seed: int) -> dict:
         one.gt_instances.bboxes /= 2
     if 'mask_head' in model.get('roi_head', {}):
         rois.add_masks(samples)
+    if 'dn_cfg' in model or model.get('as_two_stage'):
+        images = magnify(images, samples, 4)
     return tiny.pixels(images, samples)
+
+
+def magnify(images: torch.Tensor, samples: list, times: int) -> torch.Tensor:
+    """Larger pictures, and what is said of them."""
+    for one in samples:
+        size = tuple(times * side for side in one.img_shape)
+        one.set_metainfo(dict(img_shape=size, ori_shape=size, pad_shape=size))
+        one.gt_instances.bboxes *= times
+    return torch.nn.functional.interpolate(images, scale_factor=times)
 
 
 def assert_backbone_learns_from(losses: dict, student) -> None:
