@@ -57,6 +57,7 @@ class Plan:
         rows: Of the table: term, tap of the student and of the teacher,
             stride in input pixels, channels of both, adapter, loss.
         notes: What else to know, in sentences.
+        pair: What the two detectors have in common.
     """
 
     config: Config = field(repr=False)
@@ -64,6 +65,7 @@ class Plan:
     method: str
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    pair: Pair = field(repr=False)
 
     def __str__(self) -> str:
         teacher = self.config.model.teachers[TEACHER]
@@ -205,7 +207,7 @@ def plan(
             for row in _rows(name, model, term)
         ]
         notes = [*differ, *_notes(model, terms)]
-    return Plan(config, source, method, tuple(rows), tuple(notes))
+    return Plan(config, source, method, tuple(rows), tuple(notes), pair)
 
 
 def fitting(
@@ -224,6 +226,7 @@ def fitting(
         By the name of each method, None or what its error says.
     """
     found: dict[str, str | None] = {}
+    seen: dict = {}
     plain = dict(teacher, inherit=False)
     with preserved():
         model = MODELS.build(
@@ -233,7 +236,7 @@ def fitting(
             model.teachers[TEACHER].inherit = inherits(method)
             try:
                 model.teachers[TEACHER].check_heirlooms(model)
-                model.take(recipe(method, pair))
+                model.take(recipe(method, pair), seen)
             except (ValueError, RuntimeError) as error:
                 found[method] = str(error)
             else:
