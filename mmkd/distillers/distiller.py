@@ -508,7 +508,10 @@ def _modes_kept(module: nn.Module) -> Iterator[None]:
 
 
 def example_sample(side: int) -> DetDataSample:
-    """A sample of one box, for an image of so many pixels in both ways."""
+    """A sample of one box, for an image of so many pixels in both ways.
+
+    The box is its only proposal, of a detector that is given them.
+    """
     size = (side, side)
     sample = DetDataSample(
         metainfo=dict(
@@ -525,6 +528,7 @@ def example_sample(side: int) -> DetDataSample:
     sample.gt_instances = InstanceData(
         bboxes=box, labels=torch.zeros(1, dtype=torch.long)
     )
+    sample.proposals = InstanceData(bboxes=box, scores=torch.ones(1))
     return sample
 
 

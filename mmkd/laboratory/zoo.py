@@ -399,9 +399,9 @@ Of each folder, by rule:
 - **Plain mmdet first.** The student alone is built from its config, trained
   for two steps and asked for a prediction: {batch} pictures padded to
   {first} x {first} pixels, or to the first of {sides} that the detector takes
-  (an SSD to its own size); models are not made smaller. Pictures do not go
-  through the config's data pipeline, but through its preprocessor. The
-  optimiser is the config's, in single precision, at {rate:g} of its learning
+  (an SSD to its own size), and {regions} regions of each for second stages;
+  models are not made smaller. Pictures do not go through the config's data
+  pipeline, but through its preprocessor. The optimiser is the config's, in single precision, at {rate:g} of its learning
   rate, as warm-ups begin. Nothing is downloaded. What fails here is listed
   below as *not in plain mmdet* and tells nothing of mmkd.
 - **Then mmkd.** The default method is planned, with a checkpoint file of the
@@ -440,6 +440,7 @@ def page(trials: Sequence[Trial]) -> str:
             batch=zoo_trial.BATCH,
             first=zoo_trial.SIDES[0],
             sides=', '.join(map(str, zoo_trial.SIDES[1:])),
+            regions=zoo_trial.REGIONS,
             rate=zoo_trial.RATE,
             families=', '.join(FAMILIES),
         ),

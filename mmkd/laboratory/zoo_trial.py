@@ -32,6 +32,7 @@ import torch
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
@@ -55,6 +56,8 @@ from mmkd.registry import DATASETS, DETECTORS, MODELS
 SIDES = (128, 256, 384, 512)
 #: Images of a batch.
 BATCH = 2
+#: Regions of a picture that second stages are trained on, at most.
+REGIONS = 64
 #: Share of the config's learning rate, as at the start of mmdet's warm-up.
 RATE = 0.001
 #: A message is cut after so many characters.
@@ -195,9 +198,6 @@ class Trial:
             plain(read(self.root / one.file))
             for one in (choice.student, choice.teacher)
         )
-        with self._step('build'):
-            # Once more in full: a structure alone may hide a missing file.
-            _built(student)
         side = self._plain_training(student)
         student = shrunk(student, side)
         with self._step('teacher'):
@@ -208,7 +208,6 @@ class Trial:
             note.update(rows=found.rows, notes=found.notes)
         model = self._distillation(student, found, side)
         self._export(student, model, side)
-        del model
         teacher = found.config.model.teachers[TEACHER]
         with self._step('methods') as note:
             fits = fitting(student, teacher, found.pair)
@@ -218,7 +217,7 @@ class Trial:
                 for name, why in fits.items()
                 if why is None
             }
-        self._families(student, found, side)
+        self._families(model, found, side)
 
     def _note_choice(self, choice: Choice) -> None:
         one, other = choice.student, choice.teacher
@@ -241,23 +240,25 @@ class Trial:
         """Train and predict in plain mmdet; the side of the images."""
         sides = fixed_side(config) or self.sides
         for side in sides:
-            last = side == sides[-1]
             try:
-                with self._step('train') as note:
-                    note['side'] = self.record['side'] = side
-                    model = _built(shrunk(config, side))
-                    note['losses'] = _train(model, config, side)
-                with self._step('predict') as note:
-                    found = predict(model, config, side)
-                    note['boxes'] = sum(
-                        len(one.pred_instances) for one in found
-                    )
+                self._train_at(shrunk(config, side), side)
                 return side
             except _StepError as stopped:
                 missing = isinstance(stopped.__cause__, NotImplementedError)
-                if last or missing:
+                built = self.record['steps']['build']['error'] is None
+                if side == sides[-1] or missing or not built:
                     raise
         raise AssertionError('no side was tried')
+
+    def _train_at(self, config: Config, side: int) -> None:
+        with self._step('build'):
+            # In full, as a structure alone may hide a missing file.
+            model = _built(config)
+        with self._step('train') as note:
+            self.record['side'] = side
+            note['losses'] = _train(model, config, side)
+        with self._step('predict') as note:
+            note['boxes'] = boxes(predict(model, config, side))
 
     def _distillation(
         self, student: Config, found: Plan, side: int
@@ -281,7 +282,7 @@ class Trial:
                 if not key.startswith(TERM_PREFIX)
             }
             torch.save(dict(state_dict=state), 'student.pth')
-            alone = _built(student, seed=1)
+            alone = DETECTORS.build(copy.deepcopy(student.model))
             load_checkpoint(alone, 'student.pth', strict=True)
             Path('student.pth').unlink()
             note['tensors'] = len(state)
@@ -290,7 +291,7 @@ class Trial:
             # Random weights often find nothing worth telling.
             note['outputs'] = _same_outputs(model, alone, side)
 
-    def _families(self, student: Config, found: Plan, side: int) -> None:
+    def _families(self, model: nn.Module, found: Plan, side: int) -> None:
         """One step of a method of each family that fits."""
         with self._step('families') as note:
             fits = self.record['steps']['methods']['fits']
@@ -301,9 +302,6 @@ class Trial:
             speakers = {
                 family: name for family, name in speakers.items() if name
             }
-            torch.manual_seed(0)
-            model = MODELS.build(copy.deepcopy(found.config.model))
-            model.init_weights()
             terms = {
                 method: recipe(method, found.pair)
                 for method in speakers.values()
@@ -381,14 +379,31 @@ def fixed_side(config: Config) -> tuple[int, ...]:
 
 
 def shrunk(config: Config, side: int) -> Config:
-    """A copy of a config whose batches are padded to no more than a side."""
+    """A copy of a config with less to look at.
+
+    Batches are padded to no more than a side, and second stages are trained
+    on fewer regions.
+    """
     config = config.copy()
     config.model = copy.deepcopy(config.model)
     preprocessor = config.model.get('data_preprocessor') or {}
     for augment in preprocessor.get('batch_augments') or []:
         if 'size' in augment:
             augment['size'] = (side, side)
+    _sample_fewer(config.model.get('train_cfg'))
     return config
+
+
+def _sample_fewer(settings: Any) -> None:
+    if isinstance(settings, Mapping):
+        sampler = settings.get('sampler') or {}
+        if 'num' in sampler:
+            sampler['num'] = min(sampler['num'], REGIONS)
+        for one in settings.values():
+            _sample_fewer(one)
+    elif isinstance(settings, (list, tuple)):
+        for one in settings:
+            _sample_fewer(one)
 
 
 def _built(config: Config, seed: int = 0) -> nn.Module:
@@ -531,9 +546,17 @@ def _train(
     wrapper = _optimiser(model, config)
     totals = []
     for step in range(steps):
+        _begin_iteration(step)
         logged = model.train_step(batch(model, side, step), wrapper)
         totals.append(_total(logged))
     return totals
+
+
+def _begin_iteration(number: int) -> None:
+    """What a runner tells detectors that change while they are trained."""
+    hub = MessageHub.get_current_instance()
+    for name, value in (('iter', number), ('epoch', 0), ('max_iters', 1000)):
+        hub.update_info(name, value)
 
 
 def _total(logged: Mapping[str, Tensor]) -> float:
@@ -562,6 +585,7 @@ def _distil(
     before = [one.detach().clone() for one in learning]
     totals, terms, gradient = [], {}, 0.0
     for step in range(steps):
+        _begin_iteration(step)
         data = model.data_preprocessor(batch(model, side, step), True)
         losses = model(**data, mode='loss')
         total, logged = model.parse_losses(losses)
@@ -610,6 +634,7 @@ def _hear(
     learning = [
         one for one in model.backbone.parameters() if one.requires_grad
     ]
+    _begin_iteration(0)
     data = model.data_preprocessor(batch(model, side), True)
     losses = model(**data, mode='loss')
     found = {}
