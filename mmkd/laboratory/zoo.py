@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from mmkd.checks import check_name, check_positive
@@ -281,10 +282,10 @@ def carry_out(trials: Sequence[Trial], jobs: int) -> None:
         trials: What to run.
         jobs: Processes at a time.
     """
-    waiting = sorted(trials, key=_seconds)
+    waiting = sorted(trials, key=lambda one: _seconds(one) or GUESS)
     guesses = {one.folder: _seconds(one) for one in trials}
+    took: list[float] = []
     running: list[Trial] = []
-    ended = 0
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -293,13 +294,15 @@ def carry_out(trials: Sequence[Trial], jobs: int) -> None:
             time.sleep(0.2)
             for trial in [one for one in running if not one.poll()]:
                 running.remove(trial)
-                ended += 1
-                guesses[trial.folder] = 0.0
-                minutes = sum(guesses.values()) / jobs / 60
+                took.append(_seconds(trial) or 0.0)
+                del guesses[trial.folder]
+                usual = fmean(took)
+                left = sum(one or usual for one in guesses.values())
+                minutes = left / jobs / 60
                 more = f', about {minutes:.0f} min left'
                 print(
                     f'{trial.folder}: {outcome(trial.record)} '
-                    f'in {_seconds(trial):.0f} s | {ended} of {len(trials)}'
+                    f'in {took[-1]:.0f} s | {len(took)} of {len(trials)}'
                     f'{more if waiting or running else ""}',
                     flush=True,
                 )
@@ -309,8 +312,8 @@ def carry_out(trials: Sequence[Trial], jobs: int) -> None:
             trial.file.unlink(missing_ok=True)
 
 
-def _seconds(trial: Trial) -> float:
-    return trial.record.get('seconds', GUESS)
+def _seconds(trial: Trial) -> float | None:
+    return trial.record.get('seconds')
 
 
 # ---------------------------------------------------------------- the records
@@ -401,9 +404,10 @@ Of each folder, by rule:
   {first} x {first} pixels, or to the first of {sides} that the detector takes
   (an SSD to its own size), and {regions} regions of each for second stages;
   models are not made smaller. Pictures do not go through the config's data
-  pipeline, but through its preprocessor. The optimiser is the config's, in single precision, at {rate:g} of its learning
-  rate, as warm-ups begin. Nothing is downloaded. What fails here is listed
-  below as *not in plain mmdet* and tells nothing of mmkd.
+  pipeline, but through its preprocessor. The optimiser is the config's, in
+  single precision, at {rate:g} of its learning rate, as warm-ups begin.
+  Nothing is downloaded. What fails here is listed below as *not in plain
+  mmdet* and tells nothing of mmkd.
 - **Then mmkd.** The default method is planned, with a checkpoint file of the
   teacher. Two steps follow, of finite losses; those of the terms must be above
   0 and by themselves give the student's backbone a gradient. Then a

@@ -253,7 +253,7 @@ def test_an_error_is_one_line_without_the_place_of_packages():
     assert said(KeyError()) == 'KeyError'
 
 
-# A config, made ready ----------------------------------------------------------
+# A config, made ready --------------------------------------------------------
 
 
 def test_nothing_is_downloaded():
@@ -385,21 +385,26 @@ def distilled(tmp_path):
     config = Config(dict(optim_wrapper=optimiser))
 
     def build(**loss):
-        term = dict(
-            type='mmkd.FeatureTerm',
-            teacher='teacher',
-            tap='neck',
-            align=dict(type='mmkd.ConvAdapt', in_channels=8, out_channels=16),
-            loss=dict(type='mmkd.MimicLoss', **loss),
-        )
         model = tiny.distilled(
-            tiny.retinanet(base=8), dict(teacher=teacher), dict(mimic=term)
+            tiny.retinanet(base=8), dict(teacher=teacher), imitation(**loss)
         )
         model = DETECTORS.build(model) if isinstance(model, dict) else model
         model.init_weights()
         return model
 
     return build, config
+
+
+def imitation(**loss):
+    return dict(
+        mimic=dict(
+            type='mmkd.FeatureTerm',
+            teacher='teacher',
+            tap='neck',
+            levels=(0, 1),
+            loss=dict(type='mmkd.MimicLoss', **loss),
+        )
+    )
 
 
 def test_two_steps_of_a_student_that_learns(distilled):
@@ -428,19 +433,8 @@ def test_a_student_that_hears_nothing_is_a_failure(distilled, monkeypatch):
     )
     with pytest.raises(ArithmeticError, match='no gradient'):
         zoo_trial._distil(model, config, 64)
-    terms = dict(mimic=dict(mimic=_config_of(build)))
-    told = zoo_trial._hear(model, terms, 64)
+    told = zoo_trial._hear(model, dict(mimic=imitation()), 64)
     assert told == {'mimic': 'it gives the backbone no gradient'}
-
-
-def _config_of(build):
-    return dict(
-        type='mmkd.FeatureTerm',
-        teacher='teacher',
-        tap='neck',
-        align=dict(type='mmkd.ConvAdapt', in_channels=8, out_channels=16),
-        loss=dict(type='mmkd.MimicLoss'),
-    )
 
 
 def test_a_student_that_stays_as_it_is_is_a_failure(distilled):
