@@ -224,7 +224,7 @@ def look(
     """
     init_default_scope('mmdet')
     models = [student_config(one['model']) for one in (student, teacher)]
-    tap = 'neck' if all('neck' in one for one in models) else 'backbone'
+    tap = 'neck' if all(one.get('neck') for one in models) else 'backbone'
     with preserved():
         detectors = [
             DETECTORS.build(without_init(model)).eval() for model in models

@@ -86,6 +86,20 @@ def test_a_look_leaves_the_random_state_as_it_was(pair):
     assert torch.equal(torch.rand(2), expected)
 
 
+def test_a_neck_that_is_said_not_to_be_there_is_not_tapped():
+    """CornerNet's config says ``neck=None``."""
+    model = tiny.retinanet(channels=32)
+    model.backbone.out_indices = (3,)
+    model.neck = None
+    model.bbox_head.in_channels = model.bbox_head.feat_channels = (
+        8 * model.backbone.base_channels
+    )
+    model.bbox_head.anchor_generator.strides = [32]
+    pair = look(dict(model=model), dict(model=tiny.retinanet()))
+    assert pair.tap == 'backbone'
+    assert [one.stride for one in pair.levels] == [32]
+
+
 @pytest.fixture
 def strangers():
     """Strides 8 and 16 against 32 and 64."""

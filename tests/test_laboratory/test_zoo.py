@@ -444,6 +444,14 @@ def test_a_student_that_stays_as_it_is_is_a_failure(distilled):
         zoo_trial._distil(build(), config, 64)
 
 
+def test_what_does_not_learn_in_plain_mmdet_need_not_here(distilled):
+    """Clipping leaves nothing of a gradient whose norm is infinite."""
+    build, config = distilled
+    config.optim_wrapper.optimizer.lr = 0.0
+    found = zoo_trial._distil(build(), config, 64, learns=False)
+    assert found['gradient'] > 0
+
+
 def test_a_frozen_backbone_need_not_hear(distilled):
     build, config = distilled
     model = build()
