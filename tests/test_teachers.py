@@ -50,6 +50,18 @@ def save(tmp_path):
 # Files as users have them ----------------------------------------------------
 
 
+def test_a_part_that_stands_twice_in_a_file_is_taken_once(save, weights):
+    """DDQ's decoder is handed a part of its head when it is first trained."""
+    twice = dict(weights)
+    for name in ('weight', 'bias'):
+        value = weights[f'bbox_head.retina_cls.{name}']
+        twice[f'decoder.retina_cls.{name}'] = value.clone()
+    assert_equal(loaded_weights(save(twice)), weights)
+    twice['decoder.retina_cls.bias'][0] += 1
+    with pytest.raises(ValueError, match=r'1 are left over \(decoder.retina'):
+        loaded_weights(save(twice))
+
+
 def test_a_file_of_mmdet_3(save, weights):
     meta = dict(dataset_meta=dict(classes=CLASSES), mmengine_version='0.10.7')
     one = teacher(save(dict(state_dict=weights, meta=meta)))

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -25,18 +25,19 @@ from typing import Any
 
 from mmkd.checks import check_name, check_positive
 from mmkd.files import whole
+from mmkd.laboratory import zoo_trial
 from mmkd.laboratory.compare import sole_user
 from mmkd.laboratory.digests import source_digest
 from mmkd.laboratory.results import versions
 from mmkd.laboratory.runs import PACKAGE, listen
-from mmkd.laboratory.zoo_pairs import folders, zoo
+from mmkd.laboratory.zoo_pairs import LARGER, folders, zoo
 from mmkd.laboratory.zoo_trial import BASE, FAMILIES, STEPS, sources_of
 
 FOLDER = Path('work_dirs/zoo')
 PAGE = Path('docs/zoo.md')
-COMMAND = (sys.executable, '-m', 'mmkd.laboratory.zoo_trial')
-#: Gibibytes and minutes that a folder may take.
-MEMORY, MINUTES = 10.0, 15.0
+#: Gibibytes and minutes of a processor that a folder may take, and how often
+#: so long by the clock, as the machine may do other work.
+MEMORY, MINUTES, WAIT = 10.0, 10.0, 6.0
 #: Seconds that a folder takes until one has been through.
 GUESS = 60.0
 #: So many families of methods are asked of each detector, and of what share
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         '--minutes',
         type=float,
         default=MINUTES,
-        help='time that a folder may take',
+        help='processor time that a folder may take',
     )
     parser.add_argument(
         '--failed',
@@ -145,6 +146,23 @@ def _parser() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------- the folders
 
 
+#: A copy of this process, where that is safe, has imported all there is to.
+PROCESSES = multiprocessing.get_context(
+    'fork' if sys.platform == 'linux' else 'spawn'
+)
+
+
+def _carry_out(folder: str, file: Path) -> None:
+    """What a trial's process does."""
+    os.setsid()  # Ctrl-C reaches it through us
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    with file.with_suffix('.txt').open('w') as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    zoo_trial.main([folder, '--out', str(file)])
+
+
 @dataclass
 class Trial:
     """A folder of the zoo, and what is known of it.
@@ -153,14 +171,14 @@ class Trial:
         folder: Its name.
         work_dir: Where its record lies, and what its process printed.
         memory: Gibibytes that it may take.
-        minutes: Time that it may take.
+        minutes: Processor time that it may take.
     """
 
     folder: str
     work_dir: Path
     memory: float = MEMORY
     minutes: float = MINUTES
-    _process: subprocess.Popen | None = field(default=None, repr=False)
+    _process: multiprocessing.Process | None = field(default=None, repr=False)
     _begin: float = field(default=0.0, repr=False)
 
     @property
@@ -199,23 +217,11 @@ class Trial:
         """Begin its process."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
         self.file.unlink(missing_ok=True)
-        environment = dict(
-            os.environ,
-            OMP_NUM_THREADS='1',
-            PYTHONWARNINGS='ignore',
-            PYTHONPATH=os.pathsep.join(
-                [str(PACKAGE.parent), os.environ.get('PYTHONPATH', '')]
-            ),
-        )
         self._begin = time.time()
-        with self.file.with_suffix('.txt').open('w') as output:
-            self._process = subprocess.Popen(
-                [*COMMAND, self.folder, '--out', str(self.file)],
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches it through us
-            )
+        self._process = PROCESSES.Process(
+            target=_carry_out, args=(self.folder, self.file)
+        )
+        self._process.start()
 
     def poll(self) -> bool:
         """Whether its process is still at work; ends one that takes more
@@ -223,22 +229,20 @@ class Trial:
         process = self._process
         if process is None:
             return False
-        if process.poll() is None:
+        if process.is_alive():
             reason = self._excess(process.pid)
             if reason is None:
                 return True
             self.stop()
             self._tell_end(reason)
         elif not self.record.get('finished'):
-            self._tell_end(
-                f'its process ended with status {process.returncode}'
-            )
+            self._tell_end(f'its process ended with status {process.exitcode}')
         self._process = None
         return False
 
     def _excess(self, process: int) -> str | None:
-        minutes = (time.time() - self._begin) / 60
-        if minutes > self.minutes:
+        waited = (time.time() - self._begin) / 60
+        if busy(process) > self.minutes or waited > WAIT * self.minutes:
             return f'longer than {self.minutes:g} minutes'
         if resident(process) > self.memory:
             return f'more than {self.memory:g} GiB of memory'
@@ -261,9 +265,19 @@ class Trial:
 
     def stop(self) -> None:
         """End its process, if there is one."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.join()
+
+
+def busy(process: int) -> float:
+    """Minutes of a processor that a process has used; 0 if nobody says."""
+    with suppress(OSError, ValueError, IndexError):
+        # The name, in brackets, may hold blanks.
+        text = Path(f'/proc/{process}/stat').read_text().rpartition(')')[2]
+        ticks = sum(map(int, text.split()[11:13]))
+        return ticks / os.sysconf('SC_CLK_TCK') / 60
+    return 0.0
 
 
 def _beside(name: str) -> bool:
@@ -298,6 +312,8 @@ def carry_out(trials: Sequence[Trial], jobs: int) -> None:
     guesses = {one.folder: _seconds(one) for one in trials}
     took: list[float] = []
     running: list[Trial] = []
+    for file in PACKAGE.rglob('*.py'):
+        source_digest(file)  # as it is now, whatever is edited meanwhile
     before = listen()
     try:
         while waiting or running:
@@ -417,10 +433,10 @@ Of each folder, by rule:
 - **Plain mmdet first.** The student alone is built from its config, trained
   for two steps and asked for a prediction: {batch} pictures padded to
   {first} x {first} pixels, or to the first of {sides} that the detector takes
-  (an SSD to its own size), and {regions} regions of each for second stages;
-  models are not made smaller. Pictures do not go through the config's data
-  pipeline, but through its preprocessor. The optimiser is the config's, in
-  single precision, at {rate:g} of its learning rate, as warm-ups begin.
+  (an SSD to its own size), and at most {regions} regions of each for second
+  stages; models are not made smaller. Pictures do not go through the config's
+  data pipeline, but through its preprocessor. The optimiser is the config's,
+  in single precision, at {rate:g} of its learning rate, as warm-ups begin.
   Nothing is downloaded. What fails here is listed below as *not in plain
   mmdet* and tells nothing of mmkd.
 - **Then mmkd.** The default method is planned, with a checkpoint file of the
@@ -444,8 +460,6 @@ def page(trials: Sequence[Trial]) -> str:
     Args:
         trials: Of every folder.
     """
-    from mmkd.laboratory import zoo_pairs, zoo_trial
-
     records = {one.folder: one.record for one in trials}
     words = {name: verdict(one) for name, one in records.items()}
     taught = {
@@ -455,7 +469,7 @@ def page(trials: Sequence[Trial]) -> str:
     }
     parts = [
         HEAD.format(
-            larger=zoo_pairs.LARGER,
+            larger=LARGER,
             batch=zoo_trial.BATCH,
             first=zoo_trial.SIDES[0],
             sides=', '.join(map(str, zoo_trial.SIDES[1:])),

@@ -56,8 +56,14 @@ from mmkd.registry import DATASETS, DETECTORS, MODELS
 SIDES = (128, 256, 384, 512)
 #: Images of a batch.
 BATCH = 2
-#: Regions of a picture that second stages are trained on, at most.
+#: Regions of a picture that second stages are given, at most, and where their
+#: number stands in ``train_cfg`` and ``test_cfg``.
 REGIONS = 64
+LIMITED = (
+    ('sampler', 'num'),
+    ('rpn_proposal', 'max_per_img'),
+    ('rpn', 'max_per_img'),
+)
 #: Share of the config's learning rate, as at the start of mmdet's warm-up.
 RATE = 0.001
 #: A message is cut after so many characters.
@@ -198,7 +204,7 @@ class Trial:
             plain(read(self.root / one.file))
             for one in (choice.student, choice.teacher)
         )
-        side = self._plain_training(student)
+        side, alone = self._plain_training(student)
         student = shrunk(student, side)
         with self._step('teacher'):
             checkpoint = Path('teacher.pth')
@@ -207,7 +213,8 @@ class Trial:
             found = plan(student, choice.teacher.source, checkpoint)
             note.update(rows=found.rows, notes=found.notes)
         model = self._distillation(student, found, side)
-        self._export(student, model, side)
+        self._export(student, model, alone, side)
+        del alone
         teacher = found.config.model.teachers[TEACHER]
         with self._step('methods') as note:
             fits = fitting(student, teacher, found.pair)
@@ -236,13 +243,16 @@ class Trial:
 
     # ------------------------------------------------------------ its steps
 
-    def _plain_training(self, config: Config) -> int:
-        """Train and predict in plain mmdet; the side of the images."""
+    def _plain_training(self, config: Config) -> tuple[int, nn.Module]:
+        """Train and predict in plain mmdet.
+
+        Returns:
+            The side of the images, and the detector.
+        """
         sides = fixed_side(config) or self.sides
         for side in sides:
             try:
-                self._train_at(shrunk(config, side), side)
-                return side
+                return side, self._train_at(shrunk(config, side), side)
             except _StepError as stopped:
                 missing = isinstance(stopped.__cause__, NotImplementedError)
                 built = self.record['steps']['build']['error'] is None
@@ -250,7 +260,7 @@ class Trial:
                     raise
         raise AssertionError('no side was tried')
 
-    def _train_at(self, config: Config, side: int) -> None:
+    def _train_at(self, config: Config, side: int) -> nn.Module:
         with self._step('build'):
             # In full, as a structure alone may hide a missing file.
             model = _built(config)
@@ -263,6 +273,7 @@ class Trial:
             note['learns'] = moved(before, learned(model.backbone))
         with self._step('predict') as note:
             note['boxes'] = boxes(predict(model, config, side))
+        return model
 
     def _distillation(
         self, student: Config, found: Plan, side: int
@@ -278,8 +289,14 @@ class Trial:
             note['boxes'] = boxes(found)
         return model
 
-    def _export(self, student: Config, model: nn.Module, side: int) -> None:
-        """The student's weights in plain mmdet say the same."""
+    def _export(
+        self, student: Config, model: nn.Module, alone: nn.Module, side: int
+    ) -> None:
+        """The student's weights in plain mmdet say the same.
+
+        They are loaded into the detector that plain mmdet has trained, as
+        some keep a part under a second name once they are.
+        """
         with self._step('export') as note:
             state = {
                 key: value
@@ -287,7 +304,6 @@ class Trial:
                 if not key.startswith(TERM_PREFIX)
             }
             torch.save(dict(state_dict=state), 'student.pth')
-            alone = DETECTORS.build(copy.deepcopy(student.model))
             load_checkpoint(alone, 'student.pth', strict=True)
             Path('student.pth').unlink()
             note['tensors'] = len(state)
@@ -386,8 +402,8 @@ def fixed_side(config: Config) -> tuple[int, ...]:
 def shrunk(config: Config, side: int) -> Config:
     """A copy of a config with less to look at.
 
-    Batches are padded to no more than a side, and second stages are trained
-    on fewer regions.
+    Batches are padded to no more than a side, and second stages are given
+    fewer regions.
     """
     config = config.copy()
     config.model = copy.deepcopy(config.model)
@@ -395,20 +411,22 @@ def shrunk(config: Config, side: int) -> Config:
     for augment in preprocessor.get('batch_augments') or []:
         if 'size' in augment:
             augment['size'] = (side, side)
-    _sample_fewer(config.model.get('train_cfg'))
+    for when in ('train_cfg', 'test_cfg'):
+        _fewer_regions(config.model.get(when))
     return config
 
 
-def _sample_fewer(settings: Any) -> None:
+def _fewer_regions(settings: Any) -> None:
     if isinstance(settings, Mapping):
-        sampler = settings.get('sampler') or {}
-        if 'num' in sampler:
-            sampler['num'] = min(sampler['num'], REGIONS)
-        for one in settings.values():
-            _sample_fewer(one)
-    elif isinstance(settings, (list, tuple)):
-        for one in settings:
-            _sample_fewer(one)
+        for part, key in LIMITED:
+            limited = settings.get(part) or {}
+            if key in limited:
+                limited[key] = min(limited[key], REGIONS)
+        settings = settings.values()
+    elif not isinstance(settings, (list, tuple)):
+        return
+    for one in settings:
+        _fewer_regions(one)
 
 
 def _built(config: Config, seed: int = 0) -> nn.Module:
@@ -512,11 +530,12 @@ def picture(
         masks=BitmapMasks(np.zeros((0, height, width)), height, width),
     )
     # What Fast R-CNN reads from a file.
-    moved = boxes + torch.tensor(numbers.uniform(-4, 4, (40, 3, 4))).float()
+    shifts = torch.tensor(numbers.uniform(-4, 4, (REGIONS // 3, 3, 4)))
+    shifted = boxes + shifts.float()
     whole_image = torch.tensor([width, height, width, height])
     sample.proposals = InstanceData(
-        bboxes=moved.view(-1, 4).clamp(min=0).minimum(whole_image),
-        scores=torch.linspace(1, 0.1, 120),
+        bboxes=shifted.view(-1, 4).clamp(min=0).minimum(whole_image),
+        scores=torch.linspace(1, 0.1, REGIONS // 3 * 3),
     )
     stuff = torch.from_numpy(masks[-1].astype(np.int64))[None]
     sample.gt_sem_seg = PixelData(sem_seg=stuff)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -293,6 +292,20 @@ def test_batches_are_padded_to_the_side_alone():
     assert config.model.data_preprocessor.batch_augments[0]['size'] == before
 
 
+def test_second_stages_are_given_fewer_regions_and_no_fewer_than_asked():
+    config = Config.fromfile(
+        zoo() / 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py'
+    )
+    config.model.test_cfg.rpn.max_per_img = 20
+    model = shrunk(config, 128).model
+    assert [one.sampler.num for one in model.train_cfg.rcnn] == [64] * 3
+    assert model.train_cfg.rpn_proposal.max_per_img == 64
+    assert model.test_cfg.rpn.max_per_img == 20
+    # What is told at the end is as the config says.
+    assert model.test_cfg.rcnn.max_per_img == 100
+    assert config.model.train_cfg.rcnn[0].sampler.num == 512
+
+
 def test_an_ssd_has_a_size_of_its_own():
     config = Config.fromfile(zoo() / 'ssd/ssd300_coco.py')
     assert fixed_side(config) == (300,)
@@ -538,41 +551,42 @@ def test_a_step_that_fails_is_the_last_and_says_why(
 
 # The sweep -------------------------------------------------------------------
 
-#: Stands for the process of a trial: folders do what they are called.
-FAKE = """
-import json, sys, time
-from pathlib import Path
-folder, _, out = sys.argv[1:]
-Path(out).with_suffix('.runs').open('a').write('x')
-steps = dict(choose=dict(error=None), train=dict(error=None, running=True))
-if folder == 'dies':
-    Path(out).write_text(json.dumps(dict(folder=folder, steps=steps)))
-    sys.exit(3)
-if folder == 'long':
-    Path(out).write_text(json.dumps(dict(folder=folder, steps=steps)))
-    time.sleep(60)
-if folder == 'large':
-    held = bytearray(300 * 2**20)
-    time.sleep(60)
-record = dict(
-    folder=folder, steps=dict(train=dict(error='ValueError: no such thing')),
-    versions=VERSIONS, sources=SOURCES, finished=True, seconds=1.5,
-)
-if folder != 'wrong':
-    record['steps']['train']['error'] = None
-    record['student'] = record['teacher'] = f'{folder}/x.py'
-    record['weights'] = [1, 1]
-Path(out).write_text(json.dumps(record))
-"""
+
+def stand_in(words):
+    """For the work of a trial: folders do what they are called."""
+    folder, _, out = words
+    out = Path(out)
+    out.with_suffix('.runs').open('a').write('x')
+    steps = dict(choose=dict(error=None), train=dict(error=None, running=True))
+    if folder in ('dies', 'long', 'asleep'):
+        out.write_text(json.dumps(dict(folder=folder, steps=steps)))
+    if folder == 'dies':
+        os._exit(3)
+    while folder == 'long':
+        pass
+    if folder == 'large':
+        held = bytearray(2**30)
+        held[:: 2**10] = b'x' * len(held[:: 2**10])
+    if folder in ('asleep', 'large'):
+        time.sleep(60)
+    error = 'ValueError: no such thing' if folder == 'wrong' else None
+    record = dict(
+        folder=folder,
+        steps=dict(train=dict(error=error)),
+        student=f'{folder}/x.py',
+        teacher=f'{folder}/x.py',
+        weights=[1, 1],
+        versions=versions(),
+        sources={'plan.py': source_digest(PACKAGE / 'plan.py')},
+        finished=True,
+        seconds=1.5,
+    )
+    out.write_text(json.dumps(record))
 
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    sources = {'plan.py': source_digest(PACKAGE / 'plan.py')}
-    text = FAKE.replace('VERSIONS', repr(versions()))
-    script = tmp_path / 'fake.py'
-    script.write_text(text.replace('SOURCES', repr(sources)))
-    monkeypatch.setattr(command, 'COMMAND', (sys.executable, str(script)))
+    monkeypatch.setattr(zoo_trial, 'main', stand_in)
     names = ['good', 'wrong', 'dies', 'better']
     monkeypatch.setattr(command, 'folders', lambda root: names)
     monkeypatch.chdir(tmp_path)
@@ -648,8 +662,9 @@ def test_a_page_can_be_written_without_running(fake):
 @pytest.mark.parametrize(
     ('folder', 'limits', 'reason'),
     [
-        ('long', dict(minutes=0.03), 'train: longer than 0.03 minutes'),
-        ('large', dict(memory=0.2), 'more than 0.2 GiB of memory'),
+        ('long', dict(minutes=0.01), 'train: longer than 0.01 minutes'),
+        ('asleep', dict(minutes=0.005), 'train: longer than 0.005 minutes'),
+        ('large', dict(memory=1.0), 'more than 1 GiB of memory'),
     ],
 )
 def test_more_than_it_may_take_ends_a_folder(fake, folder, limits, reason):
