@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmcv.cnn import ConvAWS2d
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
@@ -254,9 +255,10 @@ class Trial:
             try:
                 return side, self._train_at(shrunk(config, side), side)
             except _StepError as stopped:
-                missing = isinstance(stopped.__cause__, NotImplementedError)
+                hopeless = (NotImplementedError, ArithmeticError)
+                hopeless = isinstance(stopped.__cause__, hopeless)
                 built = self.record['steps']['build']['error'] is None
-                if side == sides[-1] or missing or not built:
+                if side == sides[-1] or hopeless or not built:
                     raise
         raise AssertionError('no side was tried')
 
@@ -434,6 +436,13 @@ def _built(config: Config, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     detector = DETECTORS.build(copy.deepcopy(config.model))
     detector.init_weights()
+    for module in detector.modules():
+        if isinstance(module, ConvAWS2d):
+            # It standardises its weights, by a scale that it takes from those
+            # that it loads; by itself it has none, and DetectoRS overflows.
+            own = dict(weight=module.weight, bias=module.bias)
+            own = {key: one for key, one in own.items() if one is not None}
+            module.load_state_dict(own, strict=False)
     return detector
 
 
