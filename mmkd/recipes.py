@@ -673,8 +673,14 @@ def icd(pair: Pair) -> Terms:
 def _classes(model: Mapping) -> int:
     """Classes that a student tells apart, by its config."""
     parts = model.get('roi_head', model)
-    head = parts.get('bbox_head') or parts['mask_head']
+    head = parts.get('bbox_head') or parts.get('mask_head') or {}
     head = head[0] if isinstance(head, (list, tuple)) else head
+    if 'num_classes' not in head:
+        raise ValueError(
+            f'icd asks the teacher for objects by their classes, but '
+            f'{model["type"]} tells none apart. Choose another method, for '
+            f'instance pkd.'
+        )
     return head['num_classes']
 
 

@@ -30,6 +30,8 @@ from mmkd.teachers import without_init
 LARGER = 1.2
 #: Where packages lie, which no message needs to repeat.
 PACKAGES = Path(torch.__file__).resolve().parents[1]
+#: Arguments of a model that make it fetch files of weights.
+WEIGHTS = ('pretrained', 'teacher_ckpt')
 #: What a model of another part of mmdet is for, by the part's package.
 OTHER_TASKS = {
     'mot': 'tracks objects through videos',
@@ -134,7 +136,7 @@ def choose(root: Path, folder: str) -> Choice:
             others[reason] += 1
             continue
         entries.append(Entry(file, make(model)))
-        models[file] = model
+        models[file] = weightless(model)
     student, teacher = None, None
     while entries and student is None:
         candidates, tried, known = usual(entries), [], {}
@@ -237,6 +239,34 @@ def build_structure(model: Mapping) -> torch.nn.Module:
             return DETECTORS.build(without_init(copy.deepcopy(model)))
     except (NotImplementedError, RuntimeError):
         return DETECTORS.build(without_init(copy.deepcopy(model)))
+
+
+def weightless(value: Any) -> Any:
+    """A config whose modules fetch no files of weights.
+
+    Args:
+        value: A ``model``, or any part of it.
+    """
+    if isinstance(value, Mapping):
+        kept = {
+            key: None if key in WEIGHTS else weightless(one)
+            for key, one in value.items()
+            if not _fetches(one)
+        }
+        return type(value)(kept)
+    if isinstance(value, (list, tuple)):
+        return type(value)(
+            [weightless(one) for one in value if not _fetches(one)]
+        )
+    return value
+
+
+def _fetches(value: Any) -> bool:
+    kind = value.get('type') if isinstance(value, Mapping) else None
+    kind = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
+    # PVT's names a file and no type.
+    untyped = isinstance(value, Mapping) and set(value) == {'checkpoint'}
+    return untyped or kind.startswith('Pretrained')
 
 
 def pair(entries: Sequence[Entry]) -> tuple[Entry, Entry]:

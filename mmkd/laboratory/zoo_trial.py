@@ -24,6 +24,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from mmkd.datasets.check import named_classes
 from mmkd.files import whole
 from mmkd.laboratory.digests import sources
 from mmkd.laboratory.results import versions
-from mmkd.laboratory.zoo_pairs import Choice, choose, said, zoo
+from mmkd.laboratory.zoo_pairs import Choice, choose, said, weightless, zoo
 from mmkd.plan import TEACHER, Plan, fitting, plan
 from mmkd.recipes import recipe
 from mmkd.registry import DATASETS, DETECTORS, MODELS
@@ -69,8 +70,6 @@ LIMITED = (
 RATE = 0.001
 #: A message is cut after so many characters.
 WORDS = 400
-#: Arguments of a model that make it fetch files of weights.
-WEIGHTS = ('pretrained', 'teacher_ckpt')
 
 #: Families of the recipes, as the catalogue of methods groups them; the first
 #: of each that fits speaks for it.
@@ -205,16 +204,20 @@ class Trial:
             plain(read(self.root / one.file))
             for one in (choice.student, choice.teacher)
         )
-        side, alone = self._plain_training(student)
-        student = shrunk(student, side)
+        shown, alone = self._plain_training(student)
+        student = shrunk(student, shown.side)
         with self._step('teacher'):
             checkpoint = Path('teacher.pth')
-            save_teacher(shrunk(teacher, side), student, checkpoint)
+            save_teacher(teacher, student, checkpoint)
         with self._step('plan') as note:
-            found = plan(student, choice.teacher.source, checkpoint)
+            source = choice.teacher.source
+            if 'teacher_ckpt' in teacher.model:  # distils by itself
+                source = 'teacher.py'
+                teacher.dump(source)
+            found = plan(student, source, checkpoint)
             note.update(rows=found.rows, notes=found.notes)
-        model = self._distillation(student, found, side)
-        self._export(student, model, alone, side)
+        model = self._distillation(student, found, shown)
+        self._export(model, alone, shown)
         del alone
         teacher = found.config.model.teachers[TEACHER]
         with self._step('methods') as note:
@@ -225,7 +228,7 @@ class Trial:
                 for name, why in fits.items()
                 if why is None
             }
-        self._families(model, found, side)
+        self._families(model, found, shown)
 
     def _note_choice(self, choice: Choice) -> None:
         one, other = choice.student, choice.teacher
@@ -244,55 +247,70 @@ class Trial:
 
     # ------------------------------------------------------------ its steps
 
-    def _plain_training(self, config: Config) -> tuple[int, nn.Module]:
+    def _plain_training(self, config: Config) -> tuple[Shown, nn.Module]:
         """Train and predict in plain mmdet.
 
         Returns:
-            The side of the images, and the detector.
+            What it was shown, and the detector.
         """
         sides = fixed_side(config) or self.sides
         for side in sides:
+            shown = Shown.to(config, side)
+            last = side == sides[-1]
             try:
-                return side, self._train_at(shrunk(config, side), side)
+                return shown, self._train_with(config, shown, last)
             except _StepError as stopped:
                 hopeless = (NotImplementedError, ArithmeticError)
                 hopeless = isinstance(stopped.__cause__, hopeless)
                 built = self.record['steps']['build']['error'] is None
-                if side == sides[-1] or hopeless or not built:
+                if last or hopeless or not built:
                     raise
         raise AssertionError('no side was tried')
 
-    def _train_at(self, config: Config, side: int) -> nn.Module:
+    def _train_with(
+        self, config: Config, shown: Shown, last: bool
+    ) -> nn.Module:
+        config = shrunk(config, shown.side)
         with self._step('build'):
             # In full, as a structure alone may hide a missing file.
             model = _built(config)
         with self._step('train') as note:
-            self.record['side'] = side
+            self.record['side'] = shown.side
             before = copies(learned(model.backbone))
-            note['losses'] = _train(model, config, side)
+            note['losses'] = _train(model, config, shown)
             # Random weights of a deep one can have gradients whose norm is
             # infinite, of which clipping leaves nothing.
             note['learns'] = moved(before, learned(model.backbone))
         with self._step('predict') as note:
-            note['boxes'] = boxes(predict(model, config, side))
+            try:
+                note['boxes'] = boxes(predict(model, shown))
+            except Exception as error:
+                if not last:
+                    raise
+                # What mmdet itself cannot is asked of nobody.
+                note['cannot'] = said(error)[:WORDS]
         return model
 
+    @property
+    def _predicts(self) -> bool:
+        return 'cannot' not in self.record['steps']['predict']
+
     def _distillation(
-        self, student: Config, found: Plan, side: int
+        self, student: Config, found: Plan, shown: Shown
     ) -> nn.Module:
         with self._step('distil') as note:
             torch.manual_seed(0)
             model = MODELS.build(copy.deepcopy(found.config.model))
             model.init_weights()
             learns = self.record['steps']['train']['learns']
-            note.update(_distil(model, student, side, learns=learns))
+            note.update(_distil(model, student, shown, learns=learns))
         with self._step('predict distilled') as note:
-            found = predict(model, student, side)
-            note['boxes'] = boxes(found)
+            if self._predicts:
+                note['boxes'] = boxes(predict(model, shown))
         return model
 
     def _export(
-        self, student: Config, model: nn.Module, alone: nn.Module, side: int
+        self, model: nn.Module, alone: nn.Module, shown: Shown
     ) -> None:
         """The student's weights in plain mmdet say the same.
 
@@ -309,12 +327,13 @@ class Trial:
             load_checkpoint(alone, 'student.pth', strict=True)
             Path('student.pth').unlink()
             note['tensors'] = len(state)
-            one, other = (predict(x, student, side) for x in (model, alone))
-            _same([_fields(x) for x in one], [_fields(x) for x in other])
+            if self._predicts:
+                one, other = (predict(x, shown) for x in (model, alone))
+                _same([_fields(x) for x in one], [_fields(x) for x in other])
             # Random weights often find nothing worth telling.
-            note['outputs'] = _same_outputs(model, alone, side)
+            note['outputs'] = _same_outputs(model, alone, shown)
 
-    def _families(self, model: nn.Module, found: Plan, side: int) -> None:
+    def _families(self, model: nn.Module, found: Plan, shown: Shown) -> None:
         """One step of a method of each family that fits."""
         with self._step('families') as note:
             fits = self.record['steps']['methods']['fits']
@@ -330,13 +349,13 @@ class Trial:
                 for method in speakers.values()
             }
             try:
-                told = _hear(model, terms, side)
+                told = _hear(model, terms, shown)
             except Exception:  # one of them; each alone says which
                 traceback.print_exc()
                 told = {}
                 for method, config in terms.items():
                     try:
-                        told |= _hear(model, {method: config}, side)
+                        told |= _hear(model, {method: config}, shown)
                     except Exception as error:  # of whatever kind
                         traceback.print_exc()
                         told[method] = said(error)[:WORDS]
@@ -364,31 +383,8 @@ def read(path: Path) -> Config:
 def plain(config: Config) -> Config:
     """A copy of a config that fetches no weights."""
     config = config.copy()
-    config.model = _weightless(config.model)
+    config.model = weightless(config.model)
     return config
-
-
-def _weightless(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        kept = {
-            key: _weightless(one)
-            for key, one in value.items()
-            if not _fetches(one)
-        }
-        return type(value)(
-            {k: None if k in WEIGHTS else v for k, v in kept.items()}
-        )
-    if isinstance(value, (list, tuple)):
-        return type(value)(
-            [_weightless(one) for one in value if not _fetches(one)]
-        )
-    return value
-
-
-def _fetches(value: Any) -> bool:
-    kind = value.get('type') if isinstance(value, Mapping) else None
-    kind = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
-    return kind == 'Pretrained' or kind == 'PretrainedInit'
 
 
 def fixed_side(config: Config) -> tuple[int, ...]:
@@ -473,14 +469,38 @@ def _classes_of_data(config: Config) -> tuple[str, ...] | None:
 # ---------------------------------------------------------------------- data
 
 
-def batch(detector: nn.Module, side: int, seed: int = 0) -> dict[str, list]:
-    """Generated images with boxes, masks and all else a detector may ask.
+@dataclass(frozen=True)
+class Shown:
+    """What pictures are like.
 
-    The second image is narrower, so that it is padded.
+    Attributes:
+        side: Of the batch, pixels.
+        masks: Whether objects have masks; some detectors take boxes alone.
+        square: Whether all are of one shape; else the second is narrower, so
+            that it is padded.
+    """
+
+    side: int
+    masks: bool = False
+    square: bool = False
+
+    @classmethod
+    def to(cls, config: Config, side: int) -> Shown:
+        """As the config's own pipeline annotates them."""
+        pipeline = str(config.get('train_dataloader'))
+        return cls(
+            side,
+            masks="'with_mask': True" in pipeline,
+            square="'keep_ratio': False" in pipeline,
+        )
+
+
+def batch(detector: nn.Module, shown: Shown, seed: int = 0) -> dict[str, list]:
+    """Generated images with boxes, masks and all else a detector may ask.
 
     Args:
         detector: Its heads say how many classes there are.
-        side: Of the batch, pixels.
+        shown: What they are like.
         seed: Decides what is seen.
 
     Returns:
@@ -491,8 +511,11 @@ def batch(detector: nn.Module, side: int, seed: int = 0) -> dict[str, list]:
     classes = min(found, default=1)
     inputs, samples = [], []
     for index in range(BATCH):
-        width = side if index % 2 == 0 else side * 7 // 8
-        image, sample = picture(numbers, side, width, classes)
+        narrow = index % 2 == 1 and not shown.square
+        width = shown.side * 7 // 8 if narrow else shown.side
+        image, sample = picture(numbers, shown.side, width, classes)
+        if not shown.masks:
+            del sample.gt_instances.masks, sample.ignored_instances.masks
         sample.set_metainfo(dict(img_id=index, img_path=f'{index}.png'))
         inputs.append(image)
         samples.append(sample)
@@ -568,7 +591,7 @@ def _optimiser(model: nn.Module, config: Config) -> Any:
 
 
 def _train(
-    model: nn.Module, config: Config, side: int, steps: int = 2
+    model: nn.Module, config: Config, shown: Shown, steps: int = 2
 ) -> list[float]:
     """Losses of so many steps.
 
@@ -580,7 +603,7 @@ def _train(
     totals = []
     for step in range(steps):
         _begin_iteration(step)
-        logged = model.train_step(batch(model, side, step), wrapper)
+        logged = model.train_step(batch(model, shown, step), wrapper)
         totals.append(_total(logged))
     return totals
 
@@ -604,7 +627,7 @@ def _total(logged: Mapping[str, Tensor]) -> float:
 def _distil(
     model: nn.Module,
     config: Config,
-    side: int,
+    shown: Shown,
     steps: int = 2,
     learns: bool = True,
 ) -> dict[str, Any]:
@@ -613,7 +636,7 @@ def _distil(
     Args:
         model: The student.
         config: Its config.
-        side: Of the images, pixels.
+        shown: What the pictures are like.
         steps: How many.
         learns: Whether its backbone changes in such steps of plain mmdet.
 
@@ -630,7 +653,7 @@ def _distil(
     totals, terms, gradient = [], {}, 0.0
     for step in range(steps):
         _begin_iteration(step)
-        data = model.data_preprocessor(batch(model, side, step), True)
+        data = model.data_preprocessor(batch(model, shown, step), True)
         losses = model(**data, mode='loss')
         total, logged = model.parse_losses(losses)
         totals.append(_total(logged))
@@ -655,14 +678,14 @@ def _distil(
 
 
 def _hear(
-    model: nn.Module, methods: Mapping[str, Mapping], side: int
+    model: nn.Module, methods: Mapping[str, Mapping], shown: Shown
 ) -> dict[str, str | None]:
     """What each of several methods says in one step of all of them.
 
     Args:
         model: A distilled student.
         methods: Terms by the method's name.
-        side: Of the images, pixels.
+        shown: What the pictures are like.
 
     Returns:
         None, or what is wrong with its loss or gradient, by method.
@@ -679,7 +702,7 @@ def _hear(
         one for one in model.backbone.parameters() if one.requires_grad
     ]
     _begin_iteration(0)
-    data = model.data_preprocessor(batch(model, side), True)
+    data = model.data_preprocessor(batch(model, shown), True)
     losses = model(**data, mode='loss')
     found = {}
     for method, terms in methods.items():
@@ -729,12 +752,10 @@ def _gradient(
 
 
 @torch.no_grad()
-def predict(
-    model: nn.Module, config: Config, side: int
-) -> list[DetDataSample]:
+def predict(model: nn.Module, shown: Shown) -> list[DetDataSample]:
     """Detections in one image."""
     model.eval()
-    data = batch(model, side)
+    data = batch(model, shown)
     return model.test_step({key: value[:1] for key, value in data.items()})
 
 
@@ -749,13 +770,13 @@ def _fields(sample: DetDataSample) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _same_outputs(one: nn.Module, other: nn.Module, side: int) -> int:
+def _same_outputs(one: nn.Module, other: nn.Module, shown: Shown) -> int:
     """Whether two detectors' heads say the same; tensors compared.
 
     None are where plain mmdet itself cannot say (some detectors lack this
     way of running).
     """
-    data = other.data_preprocessor(batch(other, side))
+    data = other.data_preprocessor(batch(other, shown))
     try:
         theirs = other(**copy.deepcopy(data), mode='tensor')
     except Exception:  # a detector's own trouble
