@@ -196,7 +196,8 @@ def plan(
             terms = recipe(method, pair, share)
             config = _distilling(student, settings, terms)
             # Detectors write into the config that they are built from.
-            model = MODELS.build(copy.deepcopy(config.model)).eval()
+            model = MODELS.build(copy.deepcopy(config.model))
+            model.eval()
         except (ValueError, RuntimeError) as error:
             raise ValueError(
                 _refusal(student, settings, pair, method, error, differ)

@@ -226,9 +226,9 @@ def look(
     models = [student_config(one['model']) for one in (student, teacher)]
     tap = 'neck' if all(one.get('neck') for one in models) else 'backbone'
     with preserved():
-        detectors = [
-            DETECTORS.build(without_init(model)).eval() for model in models
-        ]
+        detectors = [DETECTORS.build(without_init(one)) for one in models]
+        for detector in detectors:
+            detector.eval()  # of some detectors it returns nothing
         own, other = _shapes(detectors, tap)
     levels = []
     for index, (channels, stride, scores) in enumerate(own):
@@ -339,10 +339,25 @@ def _seen(detector: nn.Module, tap: str, size: int) -> list[Shape]:
         head = detector.bbox_head
         if len(found) == len(maps) and not isinstance(head, NO_LOGITS):
             scores = tuple(tuple(one.shape) for one in found)
+    strides = [round(size / one.shape[-1]) for one in maps]
+    if dense and tap == 'neck':
+        strides = _stated(detector.bbox_head, strides)
     return [
-        (one.shape[1], round(size / one.shape[-1]), score)
-        for one, score in zip(maps, scores)
+        (one.shape[1], stride, score)
+        for one, stride, score in zip(maps, strides, scores)
     ]
+
+
+def _stated(head: nn.Module, seen: list[int]) -> list[int]:
+    """Strides that a head states, where it does; else those seen.
+
+    A map of one or two cells does not tell: SSD's last strides are 100 and
+    300 for one size of images, 128 and 256 for another.
+    """
+    stated = getattr(getattr(head, 'prior_generator', None), 'strides', ())
+    if len(stated) != len(seen):
+        return seen
+    return [max(one) if isinstance(one, tuple) else one for one in stated]
 
 
 # ------------------------------------------------------------------ methods

@@ -83,7 +83,8 @@ class Teacher:
         config = read_config(config, f'Teacher {name!r}', cfg_options)
         model = student_config(config.model)
         self.detector: nn.Module = DETECTORS.build(without_init(model))
-        self.detector.eval().requires_grad_(False)
+        self.detector.eval()  # of some detectors it returns nothing
+        self.detector.requires_grad_(False)
         self.pixels = Pixels.of(self.detector, f'Teacher {name!r}')
         self.memory: Memory | None = None
         if cache:

@@ -1,10 +1,14 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import heads
 import pytest
 import tiny
+from mmdet.models import RetinaNet
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmkd.recipes import DEFAULT, RECIPES, look, recipe
+from mmkd.recipes import DEFAULT, RECIPES, _stated, look, recipe
 from mmkd.registry import MODELS
 
 
@@ -98,6 +102,36 @@ def test_a_neck_that_is_said_not_to_be_there_is_not_tapped():
     pair = look(dict(model=model), dict(model=tiny.retinanet()))
     assert pair.tap == 'backbone'
     assert [one.stride for one in pair.levels] == [32]
+
+
+def test_strides_are_those_that_a_head_states():
+    """Of a map of two cells nobody sees whether they are 100 or 128 wide."""
+    head = SimpleNamespace(
+        prior_generator=SimpleNamespace(strides=[(64, 64), (100, 100)])
+    )
+    assert _stated(head, [64, 128]) == [64, 100]
+    assert _stated(head, [64, 128, 128]) == [64, 128, 128]
+    assert _stated(SimpleNamespace(), [64, 128]) == [64, 128]
+
+
+def test_a_detector_whose_eval_returns_nothing_is_looked_at(monkeypatch):
+    """mmdet's own distillers are such."""
+    model = dict(model=tiny.retinanet())
+    expected = look(model, model)
+    monkeypatch.setattr(RetinaNet, 'eval', _silent_eval)
+    assert look(model, model) == expected
+
+
+def _silent_eval(self):
+    self.train(False)
+
+
+def test_icd_needs_classes():
+    rpn = dict(tiny.faster_rcnn(), type='RPN')
+    del rpn['roi_head']
+    pair = look(dict(model=tiny.faster_rcnn()), dict(model=tiny.retinanet()))
+    with pytest.raises(ValueError, match='RPN tells none apart'):
+        recipe('icd', replace(pair, student=rpn))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import mmengine.runner.checkpoint
 import pytest
 import tiny
 import torch
+from mmdet.models import RetinaNet
 from mmengine.config import Config
 
 from mmkd.compat.checkpoint import CheckpointError
@@ -45,6 +46,16 @@ def save(tmp_path):
         return tmp_path / name
 
     return save
+
+
+def test_a_detector_whose_eval_returns_nothing_may_teach(monkeypatch):
+    """mmdet's own distillers are such."""
+    monkeypatch.setattr(
+        RetinaNet, 'eval', lambda self: self.train(False) and 0
+    )
+    one = teacher()
+    assert not one.detector.training
+    assert not any(x.requires_grad for x in one.detector.parameters())
 
 
 # Files as users have them ----------------------------------------------------

@@ -52,6 +52,7 @@ from mmkd.laboratory.zoo_pairs import (
 from mmkd.laboratory.zoo_trial import (
     FAMILIES,
     STEPS,
+    Shown,
     batch,
     fixed_side,
     learned,
@@ -261,6 +262,7 @@ def test_nothing_is_downloaded():
         pretrained='torchvision://resnet50',
         teacher_ckpt='https://somewhere',
         backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='x')),
+        other=dict(init_cfg=dict(checkpoint='https://elsewhere')),
         neck=dict(
             init_cfg=[
                 dict(type='Xavier', layer='Conv2d'),
@@ -275,6 +277,7 @@ def test_nothing_is_downloaded():
         pretrained=None,
         teacher_ckpt=None,
         backbone=dict(),
+        other=dict(),
         neck=dict(init_cfg=[dict(type='Xavier', layer='Conv2d')]),
         levels=(1, 2),
     )
@@ -323,12 +326,37 @@ def test_a_preprocessor_beside_the_model_is_the_model_s(tmp_path):
 
 # Pictures --------------------------------------------------------------------
 
+SHOWN = Shown(64, masks=True)
+
+
+@pytest.mark.parametrize(
+    ('file', 'masks', 'square'),
+    [
+        ('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', False, False),
+        ('mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', True, False),
+        ('yolact/yolact_r50_1xb8-55e_coco.py', True, True),
+        ('ssd/ssd300_coco.py', False, True),
+    ],
+)
+def test_pictures_are_annotated_as_the_pipeline_would(file, masks, square):
+    config = Config.fromfile(zoo() / file)
+    assert Shown.to(config, 96) == Shown(96, masks, square)
+
+
+def test_boxes_alone_and_one_shape_where_that_is_asked():
+    detector = DETECTORS.build(tiny.retinanet())
+    data = batch(detector, Shown(64, square=True))
+    assert [one.shape for one in data['inputs']] == [(3, 64, 64)] * 2
+    for sample in data['data_samples']:
+        assert set(sample.gt_instances.keys()) == {'bboxes', 'labels'}
+        assert len(sample.ignored_instances) == 0
+
 
 def test_annotations_fit_their_pictures_and_the_head():
     detector = DETECTORS.build(tiny.retinanet())
     classes = detector.bbox_head.num_classes
     for seed in range(5):
-        data = batch(detector, 64, seed)
+        data = batch(detector, SHOWN, seed)
         shapes = [one.shape for one in data['inputs']]
         assert shapes == [(3, 64, 64), (3, 64, 56)]
         for image, sample in zip(data['inputs'], data['data_samples']):
@@ -356,7 +384,7 @@ def test_annotations_fit_their_pictures_and_the_head():
 
 def test_a_batch_is_the_same_each_time_and_another_for_another_seed():
     detector = DETECTORS.build(tiny.retinanet())
-    one, same, other = (batch(detector, 64, seed) for seed in (3, 3, 4))
+    one, same, other = (batch(detector, SHOWN, seed) for seed in (3, 3, 4))
     assert torch.equal(one['inputs'][0], same['inputs'][0])
     assert not torch.equal(one['inputs'][0], other['inputs'][0])
 
@@ -422,7 +450,7 @@ def imitation(**loss):
 
 def test_two_steps_of_a_student_that_learns(distilled):
     build, config = distilled
-    found = zoo_trial._distil(build(), config, 64)
+    found = zoo_trial._distil(build(), config, SHOWN)
     assert len(found['losses']) == 2
     assert found['terms']['loss_kd_mimic'] > 0
     assert found['gradient'] > 0
@@ -431,7 +459,7 @@ def test_two_steps_of_a_student_that_learns(distilled):
 def test_a_term_that_says_nothing_is_a_failure(distilled):
     build, config = distilled
     with pytest.raises(ArithmeticError, match='no term says anything'):
-        zoo_trial._distil(build(loss_weight=0.0), config, 64)
+        zoo_trial._distil(build(loss_weight=0.0), config, SHOWN)
 
 
 def test_a_student_that_hears_nothing_is_a_failure(distilled, monkeypatch):
@@ -445,8 +473,8 @@ def test_a_student_that_hears_nothing_is_a_failure(distilled, monkeypatch):
         lambda self, step: (plain_forward(self, step)).detach(),
     )
     with pytest.raises(ArithmeticError, match='no gradient'):
-        zoo_trial._distil(model, config, 64)
-    told = zoo_trial._hear(model, dict(mimic=imitation()), 64)
+        zoo_trial._distil(model, config, SHOWN)
+    told = zoo_trial._hear(model, dict(mimic=imitation()), SHOWN)
     assert told == {'mimic': 'it gives the backbone no gradient'}
 
 
@@ -454,14 +482,14 @@ def test_a_student_that_stays_as_it_is_is_a_failure(distilled):
     build, config = distilled
     config.optim_wrapper.optimizer.lr = 0.0
     with pytest.raises(ArithmeticError, match='did not learn'):
-        zoo_trial._distil(build(), config, 64)
+        zoo_trial._distil(build(), config, SHOWN)
 
 
 def test_what_does_not_learn_in_plain_mmdet_need_not_here(distilled):
     """Clipping leaves nothing of a gradient whose norm is infinite."""
     build, config = distilled
     config.optim_wrapper.optimizer.lr = 0.0
-    found = zoo_trial._distil(build(), config, 64, learns=False)
+    found = zoo_trial._distil(build(), config, SHOWN, learns=False)
     assert found['gradient'] > 0
 
 
@@ -470,7 +498,7 @@ def test_a_frozen_backbone_need_not_hear(distilled):
     model = build()
     model.backbone.requires_grad_(False)
     assert learned(model.backbone) == []
-    zoo_trial._distil(model, config, 64)
+    zoo_trial._distil(model, config, SHOWN)
 
 
 def test_a_loss_that_is_no_number_is_a_failure():
@@ -485,11 +513,11 @@ def test_deployed_means_equal_to_the_last_bit():
     other = DETECTORS.build(tiny.retinanet()).eval()
     other.load_state_dict(one.state_dict())
     # Class scores and boxes of five levels.
-    assert zoo_trial._same_outputs(one, other, 64) == 10
+    assert zoo_trial._same_outputs(one, other, SHOWN) == 10
     with torch.no_grad():
         other.bbox_head.retina_cls.bias[0] += 1e-3
     with pytest.raises(ArithmeticError, match='something else'):
-        zoo_trial._same_outputs(one, other, 64)
+        zoo_trial._same_outputs(one, other, SHOWN)
 
 
 def test_mixed_precision_and_warm_up_are_taken_out():
