@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 from mmcv.cnn import ConvModule
-from mmdet.models.dense_heads import CenterNetHead, TOODHead, YOLOV3Head
+from mmdet.models.dense_heads import (
+    CenterNetHead,
+    GuidedAnchorHead,
+    TOODHead,
+    YOLOV3Head,
+)
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
@@ -30,8 +35,9 @@ from mmkd.taps import maps_of, recording
 from mmkd.teachers import run_detector, without_init
 
 #: Heads whose first output is not a logit an anchor and class: probabilities,
-#: or boxes and classes in one map.
-NO_LOGITS = (CenterNetHead, TOODHead, YOLOV3Head)
+#: boxes and classes in one map; or those that, when they are not trained, see
+#: one image at a time and some of its cells.
+NO_LOGITS = (CenterNetHead, GuidedAnchorHead, TOODHead, YOLOV3Head)
 
 #: What a user gets who names no method.
 DEFAULT = 'default'

@@ -4,11 +4,21 @@ from types import SimpleNamespace
 import heads
 import pytest
 import tiny
+import torch
+from mmcv.ops import MaskedConv2d
 from mmdet.models import RetinaNet
+from mmdet.models.dense_heads import GARetinaHead
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmkd.recipes import DEFAULT, RECIPES, _stated, look, recipe
+from mmkd.recipes import (
+    DEFAULT,
+    NO_LOGITS,
+    RECIPES,
+    _stated,
+    look,
+    recipe,
+)
 from mmkd.registry import MODELS
 
 
@@ -80,7 +90,6 @@ def test_scores_that_are_no_logits_are_not_compared():
 
 
 def test_a_look_leaves_the_random_state_as_it_was(pair):
-    import torch
 
     torch.manual_seed(3)
     expected = torch.rand(2)
@@ -124,6 +133,16 @@ def test_a_detector_whose_eval_returns_nothing_is_looked_at(monkeypatch):
 
 def _silent_eval(self):
     self.train(False)
+
+
+def test_a_teacher_that_sees_one_image_at_a_time_gives_no_scores():
+    """Guided anchors mask their convolutions, of one image, in eval mode."""
+    mask = torch.ones(1, 4, 4, dtype=torch.bool)
+    layer = MaskedConv2d(2, 2, 3, padding=1)
+    assert layer(torch.rand(1, 2, 4, 4), mask).shape == (1, 2, 4, 4)
+    with pytest.raises(AssertionError):
+        layer(torch.rand(2, 2, 4, 4), mask)
+    assert issubclass(GARetinaHead, NO_LOGITS)
 
 
 def test_icd_needs_classes():

@@ -80,7 +80,7 @@ FAMILIES = {
         'pgd',
     ),
     'generation': ('mgd', 'amd', 'dmkd'),
-    'relational': ('sp', 'rkd', 'fgd_global', 'cckd', 'affinity'),
+    'relational': ('affinity', 'rkd', 'sp', 'cckd', 'fgd_global'),
     'response': (
         *('cwd_scores', 'soft_target', 'dist', 'dkd', 'nkd', 'bckd', 'ld'),
         *('crosskd', 'proposal'),
