@@ -85,7 +85,7 @@ class Memory:
                 images one after the other.
         """
         samples = [one.new(data={}) for one in samples]  # no annotations
-        versions = [one._version for one in _weights(self.detector)]
+        versions = [one._version for one in weights_of(self.detector)]
         if versions != self._versions:
             self.forget()
             self._versions = versions
@@ -195,6 +195,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return bool((one.float() - other.float()).abs().max() <= TOLERANCE * scale)
 
 
-def _weights(detector: nn.Module) -> Iterator[Tensor]:
+def weights_of(detector: nn.Module) -> Iterator[Tensor]:
+    """All that a detector has learnt."""
     yield from detector.parameters()
     yield from detector.buffers()

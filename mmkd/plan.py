@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmdet.models import BaseDetector
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from mmkd.checks import check_name, check_positive
+from mmkd.classes import by_name, with_classes
 from mmkd.compat.checkpoint import check_file, classes_of, read_checkpoint
 from mmkd.configs import read_config, student_config
 from mmkd.datasets.check import named_classes
@@ -34,7 +35,7 @@ from mmkd.randomness import preserved
 from mmkd.recipes import DEFAULT, RECIPES, Pair, inherits, look, recipe
 from mmkd.registry import DETECTORS, MODELS
 from mmkd.structures import Step
-from mmkd.teachers import run_detector
+from mmkd.teachers import Teacher, run_detector
 from mmkd.terms.feature import FeatureTerm
 from mmkd.terms.group import GroupTerm
 from mmkd.terms.term import Term
@@ -167,8 +168,9 @@ def plan(
     Raises:
         FileNotFoundError: If there is no such config or checkpoint.
         ValueError: If there is no such method, a config is none of a
-            detector of images, the student's has teachers already, or the
-            method does not fit the pair; the message names those that do.
+            detector of images, the student's has teachers already, the
+            weights are of another detector, or the method does not fit the
+            pair; the message names those that do.
     """
     check_name('--method', 'method', method, RECIPES)
     _check_share(method, share)
@@ -184,13 +186,13 @@ def plan(
     checkpoint = str(checkpoint or published_weights(teacher))
     for who, config in (('student', student), ('teacher', teacher_config)):
         _check_task(who, config)
-    pair = look(student, teacher_config, TEACHER)
-    differ = _differing_classes(student, checkpoint)
-    if differ:
-        pair = _without_classes(pair)
+    names = _named_alike(student, teacher_config, checkpoint)
+    pair, names, differ = _paired(student, teacher_config, names)
     settings = dict(config=str(teacher), checkpoint=checkpoint)
     if inherits(method):
         settings['inherit'] = True
+    if names is not None:
+        settings['classes'] = names
     with preserved():
         try:
             terms = recipe(method, pair, share)
@@ -198,16 +200,27 @@ def plan(
             # Detectors write into the config that they are built from.
             model = MODELS.build(copy.deepcopy(config.model))
             model.eval()
+            _check_classes(model, pair)
         except (ValueError, RuntimeError) as error:
             raise ValueError(
                 _refusal(student, settings, pair, method, error, differ)
             ) from error
+        if '://' not in checkpoint:
+            model.teachers[TEACHER].load()  # whether the file is its own
+        if names and not (inherits(method) or _compares(model)):
+            del config.model.teachers[TEACHER]['classes']  # said of nothing
         rows = [
             row
             for name, term in terms.items()
             for row in _rows(name, model, term)
         ]
-        notes = [*differ, *_notes(model, terms)]
+        alike = student_config(teacher_config.model) == student.model
+        notes = [*differ, *_notes(model, terms, alike)]
+        if method == DEFAULT and pair.comparable and not _scores(pair):
+            notes.append(
+                'The heads say nothing that could be compared cell by cell. '
+                '--method predicted trains on what the teacher detects.'
+            )
     return Plan(config, source, method, tuple(rows), tuple(notes), pair)
 
 
@@ -238,6 +251,7 @@ def fitting(
             try:
                 model.teachers[TEACHER].check_heirlooms(model)
                 model.take(recipe(method, pair), seen)
+                _check_classes(model, pair)
             except (ValueError, RuntimeError) as error:
                 found[method] = str(error)
             else:
@@ -314,20 +328,80 @@ def _distilling(student: Config, teacher: Mapping, terms: Mapping) -> Config:
 # ------------------------------------------------------------- their classes
 
 
-def _differing_classes(student: Config, checkpoint: str) -> list[str]:
-    """A sentence, if teacher and data set name other classes."""
-    if '://' in checkpoint:  # told when it is loaded
-        return []
-    check_file(checkpoint, '--teacher-checkpoint')
-    theirs = classes_of(read_checkpoint(checkpoint))
+class _Names(NamedTuple):
+    """Two class lists that differ."""
+
+    own: tuple[str, ...]
+    theirs: tuple[str, ...]
+
+
+def _named_alike(
+    student: Config, teacher: Config, checkpoint: str
+) -> _Names | None:
+    """Class lists of data set and teacher, if they are known and differ."""
+    if '://' in checkpoint:  # read when it is loaded; the config has to do
+        theirs = _classes_of_data(teacher)
+    else:
+        check_file(checkpoint, '--teacher-checkpoint')
+        theirs = classes_of(read_checkpoint(checkpoint))
     ours = _classes_of_data(student)
     if not theirs or not ours or theirs == ours:
-        return []
-    return [
-        f'The teacher tells apart {len(theirs)} classes, {_some(theirs)}, '
-        f'the data {len(ours)}, {_some(ours)}: only methods on features '
-        f'apply.'
-    ]
+        return None
+    return _Names(ours, theirs)
+
+
+def _paired(
+    student: Config, teacher: Config, lists: _Names | None
+) -> tuple[Pair, tuple[str | None, ...] | None, list[str]]:
+    """What two detectors have in common, with their classes by name.
+
+    Returns:
+        The pair, the teacher's name of each of the student's classes, if the
+        lists have to be mapped, and what to know of that.
+    """
+    if lists is None:
+        return look(student, teacher, TEACHER), None, []
+    names = by_name(*lists)
+    apart = (
+        f'The teacher tells apart {len(lists.theirs)} classes, '
+        f'{_some(lists.theirs)}, the data {len(lists.own)}, '
+        f'{_some(lists.own)}: '
+    )
+    count = sum(name is not None for name in names)
+    if not count:
+        pair = _without_classes(look(student, teacher, TEACHER))
+        said = 'none is the same, so that only methods on features apply.'
+        return pair, None, [apart + said]
+    lacks = tuple(own for own, name in zip(lists.own, names) if name is None)
+    said = (
+        f'{count} are compared, by name, and not {_some(lacks)}.'
+        if lacks
+        else 'they are compared by name.'
+    )
+    try:
+        pair = look(
+            dict(model=with_classes(student_config(student.model), count))
+            if lacks
+            else student,
+            dict(model=with_classes(student_config(teacher.model), count)),
+            TEACHER,
+        )
+        with preserved():
+            Teacher(config=teacher, classes=names)  # whether it can be cut
+    except ValueError as error:
+        pair = _without_classes(look(student, teacher, TEACHER))
+        said = f'only methods on features apply. {error}'
+        return pair, None, [apart + said]
+    pair = replace(pair, student=student_config(student.model))
+    return pair, names, [apart + said]
+
+
+def _scores(pair: Pair) -> bool:
+    return any(level.scores for level in pair.levels)
+
+
+def _compares(model: nn.Module) -> bool:
+    return any(term.compares_classes() for term in model.terms.values())
 
 
 def _classes_of_data(config: Config) -> tuple[str, ...] | None:
@@ -345,7 +419,15 @@ def _some(names: tuple[str, ...]) -> str:
 
 def _without_classes(pair: Pair) -> Pair:
     levels = tuple(replace(one, scores=False) for one in pair.levels)
-    return replace(pair, levels=levels, heads=None)
+    return replace(pair, levels=levels, heads=None, comparable=False)
+
+
+def _check_classes(model: nn.Module, pair: Pair) -> None:
+    if not pair.comparable and _compares(model):
+        raise ValueError(
+            'It compares classes, of which student and teacher share none. '
+            'Choose a method on features, for instance pkd.'
+        )
 
 
 def _refusal(
@@ -434,13 +516,19 @@ def _strides(side: int, *maps: Tensor) -> list[str]:
     return [str(round(side / one.shape[-1])) for one in maps]
 
 
-def _notes(model: nn.Module, terms: Mapping) -> list[str]:
+def _notes(model: nn.Module, terms: Mapping, alike: bool) -> list[str]:
     """What the whole costs, as far as arithmetic says."""
     model.take(terms)
     teacher = model.teachers[TEACHER]
     own = _size(model) - _size(model.terms)
     notes = []
-    if _size(teacher.detector) <= own:
+    if alike:
+        notes.append(
+            'Student and teacher are one and the same detector: the student '
+            'begins anew and learns from one that was trained before '
+            '(self-distillation).'
+        )
+    elif _size(teacher.detector) <= own:
         notes.append(
             f'Warning: the teacher has {_size(teacher.detector) / 1e6:.1f} M '
             f'weights, the student {own / 1e6:.1f} M. A teacher should be '

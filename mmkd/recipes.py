@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +32,11 @@ from mmkd.configs import student_config
 from mmkd.distillers.distiller import CHECK_SIZES, example_sample
 from mmkd.randomness import preserved
 from mmkd.registry import DETECTORS
-from mmkd.taps import maps_of, recording
+from mmkd.taps import Record, maps_of, recording
 from mmkd.teachers import run_detector, without_init
+from mmkd.terms.d3etr import CROSS, SELF, has_maps
+from mmkd.terms.queries import DECODER, asks
+from mmkd.terms.query_matching import same_form
 
 #: Heads whose first output is not a logit an anchor and class: probabilities,
 #: boxes and classes in one map; or those that, when they are not trained, see
@@ -86,6 +90,22 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class Queries:
+    """What two decoders of queries have in common.
+
+    Attributes:
+        widths: Of the student's memory and of the teacher's.
+        form: Whether one can be asked what the other was.
+        maps: Attentions that have maps on both sides, of ``'self'`` and
+            ``'cross'``.
+    """
+
+    widths: tuple[int, int]
+    form: bool
+    maps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Pair:
     """What two detectors have in common.
 
@@ -95,6 +115,9 @@ class Pair:
         student: The student's plain ``model``.
         teacher: The teacher's name among the distiller's teachers.
         heads: What their dense heads share; None if one has none.
+        asks: Whether both find objects by queries.
+        queries: What their decoders share; None if one has none.
+        comparable: Whether any class of the two is the same, or may be.
     """
 
     tap: str
@@ -102,6 +125,9 @@ class Pair:
     student: Mapping = field(repr=False)
     teacher: str = 'teacher'
     heads: Heads | None = None
+    asks: bool = False
+    queries: Queries | None = None
+    comparable: bool = True
 
     def term(self, loss: Mapping, adapt: bool = True, **more: Any) -> dict:
         """A feature term over all common levels.
@@ -261,7 +287,47 @@ def look(
             )
     if not levels:
         levels = [_nearest(own, other)]
-    return Pair(tap, tuple(levels), models[0], name, _heads(*detectors))
+    with preserved():
+        queries = _queries(*detectors)
+    return Pair(
+        tap,
+        tuple(levels),
+        models[0],
+        name,
+        _heads(*detectors),
+        asks=all(asks(one) for one in detectors),
+        queries=queries,
+    )
+
+
+def _queries(*detectors: nn.Module) -> Queries | None:
+    if not all(asks(one) for one in detectors):
+        return None
+    for size in CHECK_SIZES:
+        with suppress(RuntimeError, ValueError, IndexError):  # too small
+            own, other = (_decoded(one, size) for one in detectors)
+            break
+    else:
+        return None
+    own_width, other_width = (
+        one.inputs(DECODER)[1]['memory'].shape[-1] for one in (own, other)
+    )
+    return Queries(
+        widths=(own_width, other_width),
+        form=same_form(own, other),
+        maps=tuple(
+            kind.removesuffix('_attn')
+            for kind in (SELF, CROSS)
+            if all(has_maps(one, kind) for one in detectors)
+        ),
+    )
+
+
+def _decoded(detector: nn.Module, size: int) -> Record:
+    images = torch.rand(1, 3, size, size)
+    with torch.no_grad(), recording(detector, [DECODER], stop=True) as record:
+        run_detector(detector, images, [example_sample(size)])
+    return record
 
 
 def _heads(*detectors: nn.Module) -> Heads | None:
@@ -749,6 +815,41 @@ def gid(pair: Pair) -> Terms:
 
 
 @_method
+def detrdistill(pair: Pair) -> Terms:
+    queries = _both_ask('detrdistill', pair)
+    term = dict(
+        type='mmkd.DETRDistillTerm',
+        teacher=pair.teacher,
+        channels=queries.widths,
+    )
+    if not queries.form:
+        term['prior_weight'] = 0.0
+    return dict(detrdistill=term)
+
+
+@_method
+def d3etr(pair: Pair) -> Terms:
+    queries = _both_ask('d3etr', pair)
+    term = dict(type='mmkd.D3ETRTerm', teacher=pair.teacher)
+    if not queries.form:
+        term['fixed_weight'] = 0.0
+    for kind in ('self', 'cross'):
+        if kind not in queries.maps:
+            term[f'{kind}_weight'] = 0.0
+    return dict(d3etr=term)
+
+
+def _both_ask(method: str, pair: Pair) -> Queries:
+    if pair.queries is None:
+        raise ValueError(
+            f'{method} compares decoders of queries, as DETR, Deformable DETR '
+            f'and DINO have them, which not both detectors have. Choose a '
+            f'method on features, for instance pkd.'
+        )
+    return pair.queries
+
+
+@_method
 def proposal(pair: Pair) -> Terms:
     if 'roi_head' not in pair.student:
         raise ValueError(
@@ -762,6 +863,34 @@ def proposal(pair: Pair) -> Terms:
         negative_weight=2.0,
     )
     return dict(proposal=term)
+
+
+@_method
+def kd_detr(pair: Pair) -> Terms:
+    _both_ask('kd_detr', pair)
+    term = dict(type='mmkd.SharedQueryTerm', teacher=pair.teacher)
+    return dict(kd_detr=term)
+
+
+@_method
+def clock(pair: Pair) -> Terms:
+    _both_ask('clock', pair)
+    term = dict(
+        type='mmkd.CLoCKTerm',
+        teacher=pair.teacher,
+        **pair.paired(),
+        **pair.align(),
+    )
+    if not pair.comparable:
+        term.update(cls_weight=0.0, l1_weight=0.0, giou_weight=0.0)
+    return dict(clock=term)
+
+
+@_method
+def predicted(pair: Pair) -> Terms:
+    """For any pair: what the teacher detects is learnt as if annotated."""
+    term = dict(type='mmkd.PredictedBoxTerm', teacher=pair.teacher)
+    return dict(predicted=term)
 
 
 @_method

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmkd.checks import suggest
+from mmkd.structures.nested import apply
 
 
 class Record:
@@ -38,8 +39,27 @@ class Record:
     def add(self, path: str, call: Call) -> None:
         self._calls[path].append(call)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The taps."""
+        return tuple(self._calls)
+
     def has(self, path: str) -> bool:
         return bool(self._calls.get(path))
+
+    def convert(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put a function of each recorded tensor in its place."""
+        for path, calls in self._calls.items():
+            if calls:
+                self.outputs(path)  # raises where one was overwritten
+            self._calls[path] = [
+                Call(
+                    apply(function, one.args),
+                    apply(function, one.kwargs),
+                    apply(function, one.output),
+                )
+                for one in calls
+            ]
 
     def at(self, path: str) -> Any:
         """Output of a tap; a tuple of outputs if it was called repeatedly.

@@ -7,6 +7,7 @@ in eval mode.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import get_box_tensor
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmkd.checks import check_name
+from mmkd.classes import (
+    check_class_names,
+    head_classes,
+    pick_classes,
+    shared_classes,
+    with_classes,
+)
 from mmkd.compat.checkpoint import (
     TERM_PREFIX,
     check_file,
@@ -27,8 +38,10 @@ from mmkd.compat.checkpoint import (
     state_dict_of,
 )
 from mmkd.configs import read_config, student_config
+from mmkd.fast import Fast, speed_of
 from mmkd.memory import Memory
 from mmkd.pixels import Pixels, translate
+from mmkd.randomness import preserved
 from mmkd.registry import DETECTORS
 from mmkd.taps import Record, recording, resolve
 
@@ -59,11 +72,24 @@ class Teacher:
             an image it has seen is not shown to it again, see
             :class:`mmkd.memory.Memory`. For few images whose augmentation is
             resizing and flips; 0 keeps nothing.
+        classes: Where its class list is not the student's: its name of each
+            class of the student, in the student's order, None for one that
+            it lacks. The teacher is cut to these when it is loaded, so that
+            whatever it says is said of the student's classes. Of a softmax
+            what is left are the probabilities given that an object is of
+            none of the classes left out. As they are if None.
+        fast: Run a copy that takes less time, by what is fastest on the
+            device, or by settings of :class:`mmkd.fast.Speed`, for instance
+            ``dict(precision='bf16')``. The first batch tells whether it says
+            the same; else the next slower way is taken, with a warning. The
+            copy takes the memory of the teacher's weights once more.
         name: Name among the distiller's teachers, for messages.
 
     Raises:
         FileNotFoundError: If there is no such config.
-        ValueError: If ``cache`` is negative.
+        ValueError: If ``cache`` is negative, ``fast`` has a setting that is
+            not known, or ``classes`` are no such list
+            or of a detector whose heads cannot be cut.
     """
 
     def __init__(
@@ -75,23 +101,54 @@ class Teacher:
         ema: bool = True,
         sham: bool = False,
         cache: float = 0.0,
+        classes: Sequence[str | None] | None = None,
+        fast: bool | Mapping[str, Any] = False,
         name: str = 'teacher',
     ) -> None:
         self.name, self.checkpoint, self.ema = name, checkpoint, ema
         self.inherit, self.sham = inherit, sham
         self.source = config if isinstance(config, (str, Path)) else 'a dict'
         config = read_config(config, f'Teacher {name!r}', cfg_options)
-        model = student_config(config.model)
-        self.detector: nn.Module = DETECTORS.build(without_init(model))
+        self._model = without_init(student_config(config.model))
+        self.names: tuple[str | None, ...] | None = None
+        self.shared: tuple[int, ...] | None = None
+        self.detector: nn.Module = self._built(classes)
         self.detector.eval()  # of some detectors it returns nothing
         self.detector.requires_grad_(False)
         self.pixels = Pixels.of(self.detector, f'Teacher {name!r}')
         self.memory: Memory | None = None
         if cache:
             self.memory = Memory(self.detector, cache, f'Teacher {name!r}')
+        speed_of(fast, torch.device('cpu'))  # raises for a wrong setting
+        self._speed = fast
+        self.fast: Fast | None = None
         self.paths: list[str] = []
         self.classes: tuple[str, ...] | None = None
         self.loaded = False
+
+    def _built(self, classes: Sequence[str | None] | None) -> nn.Module:
+        if classes is None:
+            return DETECTORS.build(copy.deepcopy(self._model))
+        who = f'Teacher {self.name!r}'
+        self.names = check_class_names(who, classes)
+        self.shared = shared_classes(self.names)
+        count = len(self.names if self.shared is None else self.shared)
+        detector = self._of_classes(count)
+        found = set(head_classes(detector).values())
+        if found != {count}:
+            raise ValueError(
+                f'{who} cannot be cut to {count} classes: the heads of '
+                f'{self.source} tell apart {sorted(found) or "none"} '
+                f'whatever num_classes is. Use a teacher with classes in the '
+                f'order of the data set, or leave classes out and compare '
+                f'features alone.'
+            )
+        return detector
+
+    def _of_classes(self, count: int) -> nn.Module:
+        # Detectors write into the config that they are built from.
+        model = with_classes(copy.deepcopy(self._model), count)
+        return DETECTORS.build(model)
 
     def __deepcopy__(self, memo: dict) -> Teacher:
         return self  # copies of the student, such as an EMA, share it
@@ -154,26 +211,80 @@ class Teacher:
             del state[key]
         for key in _second_names(state, self.detector.state_dict()):
             del state[key]
-        self._load_strictly(state)
         self.classes = classes_of(checkpoint)
+        if self.names is None:
+            self._load_strictly(self.detector, state)
+        else:
+            self._load_cut(state)
         self.loaded = True
         print_log(
             f'Teacher {self.name!r}: all {len(state)} tensors of '
             f'{self.checkpoint} loaded into '
-            f'{type(self.detector).__name__} of {self.source}; frozen, eval.',
+            f'{type(self.detector).__name__} of {self.source}; '
+            f'{self._said_of_classes()}frozen, eval.',
             logger='current',
         )
 
-    def _load_strictly(self, state: dict[str, Tensor]) -> None:
-        own = self.detector.state_dict()
+    def _said_of_classes(self) -> str:
+        if self.names is None:
+            return ''
+        count = len(self.names if self.shared is None else self.shared)
+        return (
+            f'of its {len(self.classes)} classes {count} that the student '
+            f'has are kept, in the order of the student; '
+        )
+
+    def _load_cut(self, state: dict[str, Tensor]) -> None:
+        """Load the whole, and keep the classes that the student has."""
+        who = f'Teacher {self.name!r}'
+        if self.classes is None:
+            raise ValueError(
+                f'{who} is to be cut to classes by name, but '
+                f'{self.checkpoint} names none. Use a file that does, as '
+                f'those that training writes, or leave classes out if both '
+                f'lists are the same in the same order.'
+            )
+        told = [name for name in self.names if name is not None]
+        for name in told:
+            check_name(
+                f'{who} with classes=…: {self.checkpoint}',
+                'class',
+                name,
+                self.classes,
+            )
+        count = len(self.classes)
+        with preserved():
+            whole = DETECTORS.build(copy.deepcopy(self._model))
+            self._load_strictly(whole, state)
+            wider = self._of_classes(count + 1)
+        heads = set(head_classes(whole).values())
+        if heads != {count}:
+            raise ValueError(
+                f'{who}: {self.checkpoint} names {count} classes, the heads '
+                f'of {self.source} tell apart {sorted(heads)}. Name the '
+                f'config it was trained with.'
+            )
+        picked = pick_classes(
+            who,
+            whole.state_dict(),
+            wider.state_dict(),
+            count,
+            [self.classes.index(name) for name in told],
+        )
+        self.detector.load_state_dict(picked)
+
+    def _load_strictly(
+        self, detector: nn.Module, state: dict[str, Tensor]
+    ) -> None:
+        own = detector.state_dict()
         if not _fits(state, own):
             # Loading may still rename the keys of an older file; a copy is
             # kept until it is known.
             own = {key: value.clone() for key, value in own.items()}
         try:
-            self.detector.load_state_dict(state, strict=True)
+            detector.load_state_dict(state, strict=True)
         except RuntimeError as error:
-            self.detector.load_state_dict(own)
+            detector.load_state_dict(own)
             raise ValueError(self._misfit(state, own)) from error
 
     def _misfit(self, state: Mapping, own: Mapping) -> str:
@@ -238,17 +349,32 @@ class Teacher:
         paths = self.paths if paths is None else list(paths)
 
         def watch(images: Tensor, samples: list) -> Record:
-            with (
-                torch.set_grad_enabled(grad),
-                recording(self.detector, paths, stop=True) as record,
-            ):
-                record.size = tuple(images.shape[-2:])
-                run_detector(self.detector, images, samples)
-            return record
+            def run(detector: nn.Module, images: Tensor) -> Record:
+                with (
+                    torch.set_grad_enabled(grad),
+                    recording(detector, paths, stop=True) as record,
+                ):
+                    record.size = tuple(images.shape[-2:])
+                    run_detector(detector, images, samples)
+                return record
+
+            fast = None if grad else self._fast(images.device)
+            if fast is None:
+                return run(self.detector, images)
+            return fast.watch(run, images, paths)
 
         if self.memory is None or grad or not self.loaded:
             return watch(images, samples)
         return self.memory.recall(images, samples, paths, watch)
+
+    def _fast(self, device: torch.device) -> Fast | None:
+        """The faster way to run it, once there are weights."""
+        if self.fast is None and self.loaded:
+            speed = speed_of(self._speed, device)
+            if speed is not None:
+                who = f'Teacher {self.name!r}'
+                self.fast = Fast(self.detector, speed, who)
+        return self.fast
 
     def _another(self, images: Tensor, samples: list) -> tuple[Tensor, list]:
         # One image is what a model is checked with while it is built.
@@ -450,6 +576,52 @@ def fed(detector: nn.Module, maps: tuple[Tensor, ...]) -> Iterator[None]:
         yield
     finally:
         del detector.__dict__['extract_feat']
+
+
+def detections(
+    detector: nn.Module,
+    maps: tuple[Tensor, ...],
+    samples: list,
+    images: Tensor,
+    size: tuple[int, int] | None = None,
+) -> list[InstanceData]:
+    """What a detector finds in a batch, from maps that are there.
+
+    Args:
+        detector: The detector, in evaluation.
+        maps: What it finds where it would extract features.
+        samples: mmdet's sample of each image; nothing is written into them.
+        images: The batch, (N, 3, H, W).
+        size: Height and width of the images it was shown; of ``images`` if
+            None.
+
+    Returns:
+        Of each image what its own post-processing leaves, in pixels of the
+        batch: ``bboxes`` (M, 4) in float32, ``scores``, ``labels`` and, if it
+        predicts them, ``masks``.
+    """
+    size = tuple(size or images.shape[-2:])
+    shown = []
+    for sample in samples:
+        shape = tuple(sample.metainfo.get('img_shape', size)[:2])
+        # As if nothing had been resized: masks are made in these sizes, and
+        # CenterNet subtracts a border, of which only the corner counts.
+        meta = dict(
+            img_shape=shape,
+            ori_shape=shape,
+            pad_shape=size,
+            batch_input_shape=size,
+            scale_factor=(1.0, 1.0),
+            flip=False,
+            border=(0, shape[0], 0, shape[1]),
+        )
+        shown.append(DetDataSample(metainfo={**sample.metainfo, **meta}))
+    with torch.no_grad(), fed(detector, maps):
+        found = detector.predict(images, shown, rescale=False)
+    results = [one.pred_instances for one in found]
+    for one in results:
+        one.bboxes = get_box_tensor(one.bboxes).float()
+    return results
 
 
 def _of_size(sample: Any, size: tuple[int, int]) -> Any:

@@ -12,6 +12,7 @@ from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
 
 from mmkd.configs import read_config
+from mmkd.terms.queries import asks
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 6
@@ -50,9 +51,13 @@ def taught(path, weights):
     student.init_weights()
     student.train()
     student.loss(*batch(student))
+    parts = [student.backbone]
+    if asks(student):  # all layers begin with the boxes they are given
+        parts.append(student.bbox_head)
     with torch.no_grad():
-        for one in student.backbone.parameters():
-            one.add_(0.02 * torch.randn_like(one))
+        for part in parts:
+            for one in part.parameters():
+                one.add_(0.02 * torch.randn_like(one))
     return student
 
 

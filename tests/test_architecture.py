@@ -29,6 +29,7 @@ ORDER = (
     'taps',
     'phases',
     'memory',
+    'fast',
     'teachers',
     'terms',
     'distillers',

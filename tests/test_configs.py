@@ -53,7 +53,7 @@ SUMMARY = re.compile(
 )
 #: method_detector_student-from-teacher_neck_schedule_dataset.py
 NAME = re.compile(
-    r'[^_]+_[^_]+_[^_]+-from-[^_]+_(pa)?fpn_(ms-)?([12]x|300e)_coco\.py'
+    r'[^_]+_[^_]+_[^_]+-from-[^_]+(_(pa)?fpn)?_(ms-)?([12]x|\d+e)_coco\.py'
 )
 
 
@@ -206,7 +206,9 @@ def test_card_tells_the_schedule(path):
     images = config.auto_scale_lr.base_batch_size
     assert f'{config.train_cfg.max_epochs} epochs of {images} images' in said
     assert f'learning rate {rate};' in said
-    assert images == 8 * config.train_dataloader.batch_size
+    each = config.train_dataloader.batch_size
+    assert f'({images // each} GPUs x {each})' in ' '.join(said.split())
+    assert images % each == 0
 
 
 # The distance from the student's own config ---------------------------------

@@ -60,6 +60,8 @@ ONE_WIDTH = frozenset(
 NECK = frozenset(('maskd', 'freekd'))
 #: The teacher's own loss is asked with the student's labels.
 LABELS = frozenset(('maskd', 'freekd'))
+#: The student is trained on what the teacher detects.
+DETECTS = frozenset(['predicted'])
 
 #: What no dense head has, unless it predicts distributions.
 DENSE = BINS | STAGES
@@ -68,7 +70,10 @@ TWO_STAGES = SCORES | TOWERS
 
 #: Cells up to which a map may tell a recipe nothing, where that is not 1:
 #: affinity compares patches of 4 by 4, others look at objects alone.
-SIGHT = dict(affinity=16, **dict.fromkeys(('ld', 'gid', 'proposal'), 10**6))
+SIGHT = dict(
+    affinity=16,
+    **dict.fromkeys(('ld', 'gid', 'proposal', 'predicted'), 10**6),
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ ROWS = dict(
     ),
     ssd=alike(
         families.ssd,
-        lacks=DENSE | TOWERS | SIGMOID | ONE_WIDTH,
+        lacks=DENSE | TOWERS | SIGMOID | ONE_WIDTH | DETECTS,
         levels=((0, 1, 2, 3),) * 2,
         predicts=False,
     ),
@@ -149,9 +154,15 @@ ROWS = dict(
         families.cascade_mask_rcnn, lacks=TWO_STAGES, masks=True
     ),
     condinst=alike(families.condinst, lacks=DENSE | ANCHORS, masks=True),
-    solo=alike(families.solo, lacks=TWO_STAGES | ANCHORS | STAGES, masks=True),
+    solo=alike(
+        families.solo,
+        lacks=TWO_STAGES | ANCHORS | STAGES | DETECTS,
+        masks=True,
+    ),
     solov2=alike(
-        families.solov2, lacks=TWO_STAGES | ANCHORS | STAGES, masks=True
+        families.solov2,
+        lacks=TWO_STAGES | ANCHORS | STAGES | DETECTS,
+        masks=True,
     ),
     # Unlike pairs.
     retinanet_from_faster_rcnn=Row(
@@ -183,7 +194,7 @@ ROWS = dict(
     more_classes=Row(
         tiny.retinanet,
         partial(tiny.retinanet, classes=5),
-        lacks=SCORES | STAGES | LABELS,
+        lacks=SCORES | STAGES | LABELS | DETECTS,
     ),
     yolox_from_retinanet=Row(
         families.yolox,

@@ -247,19 +247,114 @@ def test_an_unknown_method_gets_the_nearest_name(files):
 # Classes ---------------------------------------------------------------------
 
 
+def said(classes):
+    return dict(dataset_meta=dict(classes=classes))
+
+
+def compared(found):
+    return [row[0] for row in found.rows if row[0]]
+
+
+BOTH = ['default.pkd', 'default.cwd_scores']
+
+
 def test_classes_of_other_names_leave_features(files):
-    """As many classes, in another order: shapes alone would not tell."""
-    paths = files(meta=dict(dataset_meta=dict(classes=('bar', 'disc', 'x'))))
+    """As many of them: shapes alone would not tell."""
+    paths = files(meta=said(('one', 'another', 'x', 'y')))
     found = plan(*paths)
-    assert [row[0] for row in found.rows if row[0]] == ['default.pkd']
+    assert compared(found) == ['default.pkd']
     assert 'only methods on features apply' in str(found)
+    assert 'classes' not in found.config.model.teachers.teacher
     with pytest.raises(ValueError, match='only methods on features'):
         plan(*paths, 'cwd_scores')
 
 
+@pytest.mark.parametrize('method', ['predicted', 'maskd'])
+def test_without_a_common_class_no_term_compares_any(files, method):
+    """Also where nothing but the term itself knows that it does."""
+    paths = files(meta=said(('one', 'another', 'x')))
+    with pytest.raises(ValueError, match='share none') as caught:
+        plan(*paths, method)
+    named = str(caught.value).rpartition('--method ')[2]
+    assert 'pkd' in named
+    assert 'predicted' not in named
+
+
+def test_heads_of_other_kinds_are_told_of_another_way(files):
+    found = str(plan(*files(tiny.faster_rcnn())))
+    assert '--method predicted' in found
+    assert '--method predicted' not in str(plan(*files()))
+    found = plan(*files(tiny.faster_rcnn()), 'predicted')
+    assert found.rows[0][:3] == ('predicted', 'neck', 'neck')
+
+
+def test_classes_in_another_order_are_compared_by_name(files):
+    paths = files(meta=said(runs.NAMES[::-1]))
+    found = plan(*paths)
+    assert compared(found) == BOTH
+    assert 'they are compared by name' in str(found)
+    assert found.config.model.teachers.teacher.classes == runs.NAMES
+
+
+def test_a_teacher_of_more_classes_is_cut_to_the_student_s(files):
+    """Its head has another size, which a hand-written config would state."""
+    more = ('x', *runs.NAMES[1:], 'y', runs.NAMES[0])
+    teacher = tiny.retinanet(**WIDE, classes=len(more))
+    found = plan(*files(teacher=teacher, meta=said(more)))
+    assert compared(found) == BOTH
+    model = MODELS.build(found.config.model)
+    cut = model.teachers['teacher']
+    assert cut.detector.bbox_head.num_classes == len(runs.NAMES)
+    model.init_weights()
+    assert cut.loaded
+
+
+def test_of_a_teacher_of_fewer_classes_these_are_compared(files):
+    fewer = runs.NAMES[:0:-1]
+    teacher = tiny.retinanet(**WIDE, classes=len(fewer))
+    paths = files(teacher=teacher, meta=said(fewer))
+    found = plan(*paths, 'soft_target')
+    assert found.config.model.teachers.teacher.classes == (
+        None,
+        *runs.NAMES[1:],
+    )
+    assert f'not ({runs.NAMES[0]})' in str(found)
+    term = found.config.model.terms.soft_target
+    assert term.loss.num_classes == len(fewer)
+    MODELS.build(found.config.model).init_weights()
+    with pytest.raises(ValueError, match="'bckd' does not .* all classes"):
+        plan(*paths, 'bckd')
+
+
+def test_what_compares_no_classes_says_nothing_of_them(files):
+    """A config states what it needs and no more."""
+    found = plan(*files(meta=said(runs.NAMES[::-1])), 'pkd')
+    assert 'classes' not in found.config.model.teachers.teacher
+
+
+def test_a_head_that_is_inherited_has_the_student_s_order(files):
+    paths = files(teacher=tiny.retinanet(), meta=said(runs.NAMES[::-1]))
+    found = plan(*paths, 'inherit')
+    assert found.config.model.teachers.teacher.classes == runs.NAMES
+    student = MODELS.build(found.config.model)
+    student.init_weights()
+    own = student.bbox_head.retina_cls.weight
+    state = torch.load(paths[2], weights_only=False)['state_dict']
+    assert torch.equal(own, state['bbox_head.retina_cls.weight'].flip(0))
+
+
+def test_classes_of_weights_that_are_elsewhere_are_the_config_s(files):
+    """Nothing is downloaded to plan: the data set of the config names them."""
+    student, *_ = files()
+    zoo = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
+    found = plan(student, zoo, method='mimic')
+    assert 'tells apart 80 classes, (person, bicycle, car, …)' in str(found)
+
+
 def test_the_same_classes_are_compared(files):
-    paths = files(meta=dict(dataset_meta=dict(classes=runs.NAMES)))
-    assert len([row for row in plan(*paths).rows if row[0]]) == 2
+    found = plan(*files(meta=said(runs.NAMES)))
+    assert compared(found) == BOTH
+    assert 'classes' not in found.config.model.teachers.teacher
 
 
 # Bad input -------------------------------------------------------------------
@@ -269,6 +364,29 @@ def test_a_smaller_teacher_is_a_warning(files):
     paths = files(student=tiny.retinanet(**WIDE), teacher=tiny.retinanet())
     assert 'Warning: the teacher has' in str(plan(*paths, 'pkd'))
     assert 'Warning' not in str(plan(*files(), 'pkd'))
+
+
+def test_a_detector_may_learn_from_itself(files):
+    """Trained before, as it has a checkpoint: no mistake, and said."""
+    student, _, weights = files(teacher=tiny.retinanet())
+    for teacher in (student, files(teacher=tiny.retinanet())[1]):
+        found = str(plan(student, teacher, weights, 'pkd'))
+        assert 'one and the same detector' in found
+        assert 'Warning' not in found
+    assert 'the same detector' not in str(plan(*files(), 'pkd'))
+
+
+def test_weights_of_another_detector_are_refused_before_the_data(files):
+    """And of the same one with another head, which says what to type."""
+    student, teacher, _ = files()
+    _, _, other = files(teacher=tiny.faster_rcnn())
+    Config(dict(model=tiny.retinanet(**WIDE))).dump(teacher)
+    with pytest.raises(ValueError, match='checkpoint of another detector'):
+        plan(student, teacher, other)
+    _, _, head = files(teacher=tiny.retinanet(**WIDE, classes=5))
+    Config(dict(model=tiny.retinanet(**WIDE))).dump(teacher)
+    with pytest.raises(ValueError, match='Only the head differs'):
+        plan(student, teacher, head, 'pkd')
 
 
 def test_a_student_with_teachers_is_refused(files, tmp_path):
@@ -305,6 +423,10 @@ def test_a_teacher_that_is_not_there_is_named_at_once(files):
     student, _, weights = files()
     with pytest.raises(FileNotFoundError, match='The teacher has no config'):
         plan(student, 'techer.py', weights)
+    with pytest.raises(FileNotFoundError, match='The student has no config'):
+        plan('studnet.py', student, weights)
+    with pytest.raises(FileNotFoundError, match='mmdet::retinanet/nothing'):
+        plan(student, 'mmdet::retinanet/nothing.py', weights)
     with pytest.raises(FileNotFoundError, match=r'nowhere\.pth'):
         plan(*files()[:2], 'nowhere.pth')
 

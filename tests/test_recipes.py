@@ -1,10 +1,13 @@
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
+import detrs
 import heads
 import pytest
 import tiny
 import torch
+from asking import distilled
 from mmcv.ops import MaskedConv2d
 from mmdet.models import RetinaNet
 from mmdet.models.dense_heads import GARetinaHead
@@ -325,3 +328,84 @@ def test_the_crossing_leaves_the_teacher_a_layer():
     term = recipe('crosskd', pair)['cross']
     assert term['convs'] == 3
     assert 'align' not in term
+
+
+# Queries ---------------------------------------------------------------------
+
+
+def test_methods_of_queries_fit_what_two_decoders_share():
+    models = {
+        kind: dict(model=detrs.detr(kind)) for kind in ('dab', 'deformable')
+    }
+    pair = look(models['dab'], models['dab'], 'big')
+    assert pair.asks
+    assert pair.queries.form
+    assert pair.queries.maps == ('self', 'cross')
+    assert recipe('d3etr', pair)['d3etr'] == dict(
+        type='mmkd.D3ETRTerm', teacher='big'
+    )
+    assert recipe('detrdistill', pair)['detrdistill'] == dict(
+        type='mmkd.DETRDistillTerm', teacher='big', channels=(16, 16)
+    )
+    pair = look(models['dab'], models['deformable'])
+    assert not pair.queries.form
+    term = recipe('d3etr', pair)['d3etr']
+    assert term['fixed_weight'] == term['cross_weight'] == 0
+    assert 'self_weight' not in term
+    assert recipe('detrdistill', pair)['detrdistill']['prior_weight'] == 0
+
+
+@pytest.mark.parametrize('method', ['d3etr', 'detrdistill'])
+def test_methods_of_queries_teach_unlike_decoders(method, tmp_path):
+    student, teacher = detrs.detr('deformable'), detrs.detr('detr')
+    plain = [copy.deepcopy(one) for one in (student, teacher)]
+    pair = look(*(dict(model=one) for one in plain), 'big')
+    file = tiny.save_teacher(copy.deepcopy(teacher), tmp_path / 'big.pth')
+    big = dict(config=dict(model=teacher), checkpoint=str(file))
+    model = tiny.build(
+        tiny.distilled(student, dict(big=big), recipe(method, pair))
+    ).train()
+    model.teachers.load()
+    losses = model.loss(*tiny.batch())
+    tiny.total(
+        {key: one for key, one in losses.items() if 'loss_kd' in key}
+    ).backward()
+    assert model.backbone.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('method', ['d3etr', 'detrdistill'])
+def test_methods_of_queries_refuse_pairs_without(method, pair):
+    assert not pair.asks
+    with pytest.raises(ValueError, match=f'{method} compares decoders'):
+        recipe(method, pair)
+
+
+@pytest.mark.parametrize('method', ['kd_detr', 'clock'])
+@pytest.mark.parametrize('kinds', [('deformable', 'refine'), ('dab', 'dab')])
+def test_detectors_of_queries_teach_by_asking(method, kinds, tmp_path):
+    student, teacher = (
+        detrs.detr(kind, base=base) for kind, base in zip(kinds, (8, 16))
+    )
+    pair = look(*(dict(model=one) for one in (student, teacher)), 'big')
+    assert pair.asks
+    (term,) = recipe(method, pair).values()
+    model = distilled(student, teacher, term, tmp_path)
+    losses = model.loss(*tiny.batch())
+    tiny.total(
+        {key: one for key, one in losses.items() if 'loss_kd' in key}
+    ).backward()
+    assert model.backbone.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('method', ['kd_detr', 'clock'])
+def test_detectors_without_queries_are_not_asked(pair, method):
+    assert not pair.asks
+    with pytest.raises(ValueError, match='compares decoders of queries'):
+        recipe(method, pair)
+
+
+def test_memories_teach_what_other_classes_allow():
+    model = dict(model=detrs.detr('dab'))
+    pair = replace(look(model, model), comparable=False)
+    (term,) = recipe('clock', pair).values()
+    assert not MODELS.build(term).compares_classes()

@@ -167,7 +167,7 @@ CHANGES = {
 
 
 def two_stages(path):
-    return 'rcnn.py' in path.read_text()
+    return 'rcnn' in path.read_text()
 
 
 @pytest.mark.parametrize(

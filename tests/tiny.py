@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -188,14 +189,30 @@ def build(model: dict, seed: int = 0) -> torch.nn.Module:
     """A detector whose weights follow from the seed alone."""
     init_default_scope('mmdet')
     torch.manual_seed(seed)
-    return MODELS.build(model)
+    detector = MODELS.build(model)
+    if hasattr(detector, 'level_embed'):  # else what was in the memory
+        torch.nn.init.normal_(detector.level_embed)
+    return detector
+
+
+def lively(model: dict, seed: int = 5) -> torch.nn.Module:
+    """A detector in evaluation whose every weight says something."""
+    detector = build(copy.deepcopy(model))
+    torch.manual_seed(seed)
+    for name, one in detector.named_parameters():
+        if one.ndim > 1:
+            one.data.normal_(std=one[0].numel() ** -0.5)
+        elif 'head' in name and name.endswith('bias'):
+            one.data.normal_(std=0.1)
+    return detector.eval()
 
 
 def save_teacher(
     model: dict, path: Path, seed: int = 7, meta: dict | None = None
 ) -> Path:
     """A checkpoint of random weights whose BatchNorm has seen data."""
-    detector = build(model, seed)
+    # Some detectors write into the config that they are built from.
+    detector = build(copy.deepcopy(model), seed)
     torch.manual_seed(seed)
     for one in detector.modules():
         if isinstance(one, torch.nn.BatchNorm2d):

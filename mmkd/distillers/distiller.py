@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmkd.build import build
 from mmkd.checks import check_name
-from mmkd.classes import head_classes
+from mmkd.classes import by_name, head_classes
 from mmkd.distillers.guard import Guard
 from mmkd.distillers.unlabelled import labelled_first, partly_labelled
 from mmkd.phases import Phase, Phases
@@ -31,6 +31,7 @@ from mmkd.structures import Step
 from mmkd.structures.step import Shower
 from mmkd.taps import Record, in_forward, recording
 from mmkd.teachers import Teacher, Teachers, run_detector
+from mmkd.terms.term import Term
 
 #: Sides of the random image on which pairs are checked while the model is
 #: built, pixels: multiples of the stride 128. The larger one is for detectors
@@ -183,7 +184,7 @@ class Distilling:
             self.terms[name] = term
             if term.compares_classes():
                 for teacher in term.teacher_names:
-                    _same_count(name, self, self.teachers[teacher])
+                    _check_count(name, term, self, self.teachers[teacher])
         return self.check_pair(seen)
 
     def init_weights(self) -> None:
@@ -394,9 +395,7 @@ class Distilling:
             if not term.compares_classes():
                 continue
             for teacher in term.teacher_names:
-                _same_classes(
-                    name, teacher, known, self.teachers[teacher].classes
-                )
+                _check_names_of(name, known, self.teachers[teacher])
 
 
 def position() -> tuple[int, float]:
@@ -539,27 +538,58 @@ def _training_classes() -> tuple[str, ...] | None:
     return tuple(classes) if classes else None
 
 
-def _same_count(term: str, student: nn.Module, teacher: Teacher) -> None:
+def _check_count(
+    name: str, term: Term, student: nn.Module, teacher: Teacher
+) -> None:
     """Both must tell apart as many classes, where their heads say so."""
     own, theirs = (
         set(head_classes(one).values()) for one in (student, teacher.detector)
     )
+    if teacher.names is not None:
+        _check_some(name, term, own, teacher)
+        theirs = {len(teacher.names)}
     if own and theirs and not own & theirs:
         raise ValueError(
-            f'Term {term!r} compares classes, but the student has '
-            f'{max(own)} and teacher {teacher.name!r} {max(theirs)}. Use a '
-            f'teacher trained on the same list in the same order, or a '
-            f"feature term (tap='neck')."
+            f'Term {name!r} compares classes, but the student has '
+            f'{max(own)} and teacher {teacher.name!r} {max(theirs)}. '
+            f'{_way_out(teacher.name)}'
         )
 
 
-def _same_classes(
-    term: str,
-    teacher: str,
-    own: tuple[str, ...] | None,
-    theirs: tuple[str, ...] | None,
+def _check_some(
+    name: str, term: Term, own: set[int], teacher: Teacher
 ) -> None:
-    if own is None or theirs is None or own == theirs:
+    """A teacher of fewer classes needs a term that leaves out the others."""
+    if teacher.shared is None or term.takes_some_classes():
+        return
+    raise ValueError(
+        f'Term {name!r} ({type(term).__name__}) compares all classes, but '
+        f'teacher {teacher.name!r} has {len(teacher.shared)} of the '
+        f"student's {len(teacher.names)}. Use class scores of dense heads "
+        f"(type='mmkd.FeatureTerm', tap='bbox_head', output=0), a "
+        f"mmkd.ProposalTerm of two-stage ones, or features (tap='neck')."
+    )
+
+
+def _way_out(teacher: str, names: str = '…') -> str:
+    return (
+        f'Set teachers=dict({teacher}=dict(classes={names})), what the '
+        f"teacher calls each of the student's classes, None for one that it "
+        f"lacks, or use a feature term (tap='neck')."
+    )
+
+
+def _check_names_of(
+    term: str, own: tuple[str, ...] | None, teacher: Teacher
+) -> None:
+    """Classes that are compared must be one and the same."""
+    theirs = teacher.classes
+    if own is None or theirs is None:
+        return
+    if teacher.names is not None:
+        _check_pairing(term, own, teacher)
+        return
+    if own == theirs:
         return
     position = next(
         (
@@ -569,14 +599,54 @@ def _same_classes(
         ),
         min(len(own), len(theirs)),
     )
-    raise ValueError(
-        f'Term {term!r} compares class scores, but teacher {teacher!r} was '
-        f'trained on {len(theirs)} classes and the data set has {len(own)}; '
-        f'they first differ at {position}: the teacher has '
-        f'{_at(theirs, position)}, the data set {_at(own, position)}. Use a '
-        f'teacher trained on the same list in the same order, or a feature '
-        f"term (tap='neck')."
+    found = by_name(own, theirs)
+    way = (
+        _way_out(teacher.name, repr(found))
+        if any(found)
+        else "They share none: use a feature term (tap='neck')."
     )
+    raise ValueError(
+        f'Term {term!r} compares class scores, but teacher {teacher.name!r} '
+        f'was trained on {len(theirs)} classes and the data set has '
+        f'{len(own)}; they first differ at {position}: the teacher has '
+        f'{_at(theirs, position)}, the data set {_at(own, position)}. {way}'
+    )
+
+
+def _check_pairing(term: str, own: tuple[str, ...], teacher: Teacher) -> None:
+    """Classes that were paired in the config must be able to be the same.
+
+    Names may differ, as of 'motorbike' and 'motorcycle', unless the teacher
+    knows the student's name as one of another class.
+    """
+    names = teacher.names
+    wrong = len(own) != len(names) or any(
+        other is not None and one != other and one in teacher.classes
+        for one, other in zip(own, names)
+    )
+    if wrong:
+        raise ValueError(
+            f'Term {term!r} compares class scores, and teacher '
+            f'{teacher.name!r} has classes={_some(names)} for the classes '
+            f'{_some(own)} of the data set. '
+            f'{_way_out(teacher.name, repr(by_name(own, teacher.classes)))}'
+        )
+    called = [
+        f'{other!r} for {one!r}'
+        for one, other in zip(own, names)
+        if other is not None and one != other
+    ]
+    if called:
+        print_log(
+            f'Teacher {teacher.name!r} says {", ".join(called)}, as its '
+            f'config states.',
+            logger='current',
+        )
+
+
+def _some(names: Sequence[str | None]) -> str:
+    more = ', …' if len(names) > 3 else ''
+    return f'({", ".join(map(repr, names[:3]))}{more})'
 
 
 def _at(classes: tuple[str, ...], index: int) -> str:

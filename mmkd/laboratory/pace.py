@@ -164,10 +164,12 @@ class _Steps:
         hub.update_info('iter', 0)
 
 
-def load_batches(settings: Config) -> list[Any]:
-    """The first :data:`BATCHES` batches of a training set, always the same."""
-    with keyed(0):
-        return list(islice(_batches(settings), BATCHES))
+def load_batches(
+    settings: Config, count: int = BATCHES, seed: int = 0
+) -> list[Any]:
+    """The first batches of a training set, for a seed always the same."""
+    with keyed(seed):
+        return list(islice(_batches(settings), count))
 
 
 def _batches(settings: Config) -> Iterator[Any]:

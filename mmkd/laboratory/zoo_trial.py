@@ -83,9 +83,9 @@ FAMILIES = {
     'relational': ('affinity', 'rkd', 'sp', 'cckd', 'fgd_global'),
     'response': (
         *('cwd_scores', 'soft_target', 'dist', 'dkd', 'nkd', 'bckd', 'ld'),
-        *('crosskd', 'proposal'),
+        *('crosskd', 'proposal', 'predicted'),
     ),
-    'instance': ('icd', 'gid'),
+    'instance': ('icd', 'gid', 'detrdistill', 'd3etr', 'kd_detr', 'clock'),
 }
 
 #: Steps of a trial, in order: up to ``BASE`` plain mmdet is alone.

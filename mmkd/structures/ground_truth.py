@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -83,6 +83,21 @@ class GroundTruth:
         found[self.image, self.place] = values
         return found
 
+    def of_classes(self, kept: Sequence[int]) -> GroundTruth:
+        """The same boxes, labelled by the place of their class among some.
+
+        Args:
+            kept: The classes; a box of another gets the label -1.
+
+        Example:
+            >>> gt = GroundTruth.from_boxes(
+            ...     [torch.zeros(3, 4)], (8, 8), [torch.tensor([2, 0, 1])]
+            ... )
+            >>> gt.of_classes((1, 2)).labels
+            tensor([ 1, -1,  0])
+        """
+        return replace(self, labels=places(self.labels, kept))
+
     @classmethod
     def from_samples(cls, samples: Sequence, images: Tensor) -> GroundTruth:
         """Lay out what mmdet attaches to a batch.
@@ -157,6 +172,23 @@ class GroundTruth:
             ignored_image=_owners(ignored),
             counts=tuple(len(one) for one in boxes),
         )
+
+
+def places(labels: Tensor, kept: Sequence[int], other: int = -1) -> Tensor:
+    """Place of each label among some classes.
+
+    Args:
+        labels: (M,).
+        kept: The classes.
+        other: For a label that is none of them.
+
+    Example:
+        >>> places(torch.tensor([5, 3, 4]), (3, 5), other=9)
+        tensor([1, 0, 9])
+    """
+    match = labels[:, None] == labels.new_tensor(kept)
+    # Not argmax of all, which is the first where none matches.
+    return torch.where(match.any(1), match.int().argmax(1), other)
 
 
 def labelled(sample: Any) -> bool:

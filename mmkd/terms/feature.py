@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mmkd.build import build, find
 from mmkd.checks import check_name
+from mmkd.classes import class_channels
 from mmkd.ops.masks import equal_weight
 from mmkd.registry import MODELS
-from mmkd.structures import Outputs, Step
-from mmkd.taps import crop, maps_of, pick_levels
+from mmkd.structures import GroundTruth, Outputs, Step
+from mmkd.taps import crop, maps_of, pick_levels, resolve
 from mmkd.terms.classifier import classifier_weight, readers
 from mmkd.terms.term import Term
 
@@ -31,6 +33,11 @@ class FeatureTerm(Term):
     weights, and summed; one of ``scope = 'levels'`` is built once and gets all
     levels as tuples. One that asks for the teacher's classifier is shown its
     weights in the first step.
+
+    Of a teacher that lacks classes of the student, class scores of dense heads
+    (``tap='bbox_head', output=0``) are compared for the others alone: the
+    student's channels are picked, with the background's of a softmax, and
+    boxes of a class that is left out have the label -1.
 
     Args:
         teacher: Name of the teacher.
@@ -98,6 +105,8 @@ class FeatureTerm(Term):
         self.losses = _build_losses(loss, self.levels)
         self.weight = _build_weight(weight, self.losses[0])
         self._introduced = False
+        #: Of dense heads, those of the student's scores that are compared.
+        self._scores: Scores | None = None
         if not self.joint:
             _check_pairing(self.levels, self.teacher_levels)
 
@@ -115,12 +124,34 @@ class FeatureTerm(Term):
         for path in self.teacher_taps:
             teachers[self.teacher].tap(path)
         self.teacher_names = [self.teacher]
+        self._scores = self._dense(student, teachers[self.teacher])
         for loss in readers(self.losses):
             classifier_weight(
                 type(loss).__name__, teachers[self.teacher].detector
             )  # raises if there is none
         if self.weight is not None:
             self.weight.bind(self, student, teachers[self.teacher])
+
+    def _dense(self, student: nn.Module, teacher: Teacher) -> Scores | None:
+        """Whose scores are compared, if they are dense heads of both."""
+        heads = [
+            resolve(detector, path)
+            for detector, paths in (
+                (student, self.taps),
+                (teacher.detector, self.teacher_taps),
+            )
+            for path in paths
+        ]
+        dense = all(
+            name == 'forward'
+            and hasattr(head, 'prior_generator')
+            and hasattr(head, 'cls_out_channels')
+            for head, name in heads
+        )
+        if not dense or {self.output, self.teacher_output} != {0}:
+            return None
+        head = heads[0][0]
+        return Scores(head.cls_out_channels, head.num_classes, teacher.shared)
 
     def silent(self) -> bool:
         return all(
@@ -136,6 +167,10 @@ class FeatureTerm(Term):
             )
             for paths in (self.taps, self.teacher_taps)
         ) or (self.weight is not None and self.weight.needs_classes)
+
+    def takes_some_classes(self) -> bool:
+        weighs = self.weight is not None and self.weight.needs_classes
+        return self._scores is not None and not weighs
 
     def checkable(self, step: Step) -> bool:
         """Whether a dry pass recorded all; its maps are compared if not all
@@ -175,12 +210,13 @@ class FeatureTerm(Term):
         weights: Sequence[Tensor] | None,
     ) -> Tensor | dict[str, Tensor]:
         self._introduce(step)
+        gt = step.gt if self._scores is None else self._scores.labels(step.gt)
         if self.joint:
             more = () if weights is None else (weights,)
-            return self.losses[0](student, teacher, step.gt, *more)
+            return self.losses[0](student, teacher, gt, *more)
         more = [()] * len(student) if weights is None else zip(weights)
         return _sum(
-            self._level_loss(level)(one, other, step.gt, *extra)
+            self._level_loss(level)(one, other, gt, *extra)
             for level, (one, other, extra) in enumerate(
                 zip(student, teacher, more)
             )
@@ -226,6 +262,8 @@ class FeatureTerm(Term):
                 level by level.
         """
         student = _pick(step.student, self.taps, self.output, self.levels)
+        if self._scores is not None:
+            student = self._scores.pick(student)
         shown = step.teacher(self.teacher)
         teacher = _pick(
             shown, self.teacher_taps, self.teacher_output, self.teacher_levels
@@ -242,6 +280,37 @@ class FeatureTerm(Term):
 
     def _level_loss(self, level: int) -> Callable:
         return self.losses[min(level, len(self.losses) - 1)]
+
+
+class Scores(NamedTuple):
+    """What a dense head says of classes.
+
+    Attributes:
+        width: Scores of an anchor, with the background's.
+        classes: Its classes.
+        shared: Those that are compared; all if None.
+    """
+
+    width: int
+    classes: int
+    shared: tuple[int, ...] | None
+
+    def pick(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Of maps (N, A · C, H, W) the scores that are compared."""
+        if self.shared is None:
+            return tuple(maps)
+        picked = []
+        for one in maps:
+            channels = class_channels(
+                one.shape[1], self.width, self.classes, self.shared
+            )
+            index = torch.tensor(channels, device=one.device)
+            picked.append(one.index_select(1, index))
+        return tuple(picked)
+
+    def labels(self, gt: GroundTruth) -> GroundTruth:
+        """Annotations by the classes that are compared."""
+        return gt if self.shared is None else gt.of_classes(self.shared)
 
 
 def _paths(tap: str | Sequence[str]) -> tuple[str, ...]:

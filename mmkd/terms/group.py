@@ -93,6 +93,13 @@ class GroupTerm(Term):
     def compares_classes(self) -> bool:
         return any(term.compares_classes() for term in self.terms.values())
 
+    def takes_some_classes(self) -> bool:
+        return all(
+            term.takes_some_classes()
+            for term in self.terms.values()
+            if term.compares_classes()
+        )
+
     def checkable(self, step: Step) -> bool:
         return all(term.checkable(step) for term in self.terms.values())
 

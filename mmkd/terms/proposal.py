@@ -15,6 +15,7 @@ from mmkd.checks import check_name
 from mmkd.ops.numeric import as_float, zero_of
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Outputs, Step
+from mmkd.structures.ground_truth import places
 from mmkd.taps import maps_of
 from mmkd.terms.decoding import giou_error
 from mmkd.terms.term import Term
@@ -65,6 +66,8 @@ class SecondStageTerm(Term):
         super().__init__(schedule)
         self.teacher = teacher
         self.stage, self.teacher_stage = stage, teacher_stage
+        #: Of the student's classes those that the teacher has; None if all.
+        self.shared: tuple[int, ...] | None = None
 
     def compares_classes(self) -> bool:
         return True
@@ -75,6 +78,7 @@ class SecondStageTerm(Term):
         check_name('The distiller', 'teacher', self.teacher, teachers)
         teacher = teachers[self.teacher]
         self.teacher_names = [self.teacher]
+        self.shared = teacher.shared
         own = self.heads(student, 'student')
         other = self.heads(teacher.detector, 'teacher')
         self.stage = self._index('stage', self.stage, own)
@@ -122,7 +126,7 @@ class SecondStageTerm(Term):
             ValueError: If it cannot.
         """
         counts = own.num_classes, other.num_classes
-        if counts[0] != counts[1]:
+        if self.shared is None and counts[0] != counts[1]:
             raise ValueError(
                 f'{type(self).__name__} compares class by class, but the '
                 f"student's head has {counts[0]} classes and the teacher's "
@@ -230,6 +234,12 @@ class ProposalTerm(SecondStageTerm):
     the background's, and b the boxes of the target class, each decoded by its
     own head. D is ``cls_loss``, by default the divergence of the softmaxes.
 
+    Of a teacher that lacks classes of the student the others are compared
+    alone: the student's scores of these and of the background, so that both
+    sides are given that an object is of none of the classes left out. A
+    proposal of a class that is left out has the label of the background, and
+    no box.
+
     A class loss sees the proposals of a group as the cells of one row,
     (1, C + 1, 1, M), and the label of each as a box over its cell, where the
     background is the label C. So losses of dense heads serve here: with
@@ -302,6 +312,9 @@ class ProposalTerm(SecondStageTerm):
         classes = self.loss is not None and any(self.weights.values())
         return not (classes or self.box_weight)
 
+    def takes_some_classes(self) -> bool:
+        return True
+
     def check_heads(self, own: nn.Module, other: nn.Module) -> None:
         super().check_heads(own, other)
         for head, side in ((own, 'student'), (other, 'teacher')):
@@ -321,9 +334,10 @@ class ProposalTerm(SecondStageTerm):
         sizes = sizes_of(seen['sampling_results'])
         shares: dict[str, Tensor] = {}
         if self.loss is not None:
+            own, other = self.pair(step)
             scores = seen['cls_score'], given['cls_score']
-            self._check_scores(*scores, self.pair(step)[0])
-            samples = *scores, labels
+            self._check_scores(*scores, own, other)
+            samples = self._shared(*scores, labels, own.num_classes)
             groups = (
                 zip(*(halves(one, sizes) for one in samples))
                 if self.decoupled
@@ -337,20 +351,49 @@ class ProposalTerm(SecondStageTerm):
                 halves(one, sizes)[0]
                 for one in (seen['rois'], labels, *deltas)
             )
+            theirs, count = labels, max(len(rois), 1)
+            known = torch.ones_like(labels)
+            if self.shared is not None:
+                theirs = places(labels, self.shared)
+                known = (theirs >= 0).to(labels)
+                theirs, count = theirs.clamp(min=0), known.sum().clamp(min=1)
             boxes = (
-                decode(head, rois, one, labels)
-                for head, one in zip(self.pair(step), deltas)
+                decode(head, rois, one, label)
+                for head, one, label in zip(
+                    self.pair(step), deltas, (labels, theirs)
+                )
             )
-            error = giou_error(*boxes)
-            share = error.sum() / max(len(rois), 1) + zero_of(deltas[0])
+            error = known * giou_error(*boxes)
+            share = error.sum() / count + zero_of(deltas[0])
             shares['box'] = self.box_weight * share
         return shares
 
+    def _shared(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of the classes that both have, and labels among these.
+
+        A proposal of another class is one of the background.
+        """
+        if self.shared is None:
+            return student, teacher, labels
+        kept = labels.new_tensor([*self.shared, count])
+        background = len(self.shared)
+        return (
+            student.index_select(1, kept),
+            teacher,
+            places(labels, self.shared, background),
+        )
+
     def _check_scores(
-        self, student: Tensor, teacher: Tensor, head: nn.Module
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        head: nn.Module,
+        other: nn.Module,
     ) -> None:
         found = [one.shape[1] for one in (student, teacher)]
-        if found != [head.num_classes + 1] * 2:
+        if found != [head.num_classes + 1, other.num_classes + 1]:
             raise ValueError(
                 f'ProposalTerm compares the scores of {head.num_classes} '
                 f'classes and the background, got {found[0]} of the student '

@@ -87,6 +87,15 @@ class Term(nn.Module, ABC):
         """Whether classes of student and teacher must mean the same."""
         return False
 
+    def takes_some_classes(self) -> bool:
+        """Whether a term that compares classes can do so by those alone that
+        a teacher shares with the student.
+
+        One that can leaves out the student's other classes itself, by
+        ``teacher.shared``, which it finds in :meth:`bind`.
+        """
+        return False
+
     def checkable(self, step: Step) -> bool:
         """Whether a dry forward pass recorded all that the term needs."""
         return all(step.student.has(path) for path in self.student_paths)

@@ -676,6 +676,20 @@ def test_modulated_deform_conv_has_the_right_gradient(device, geometry, bias):
     )
 
 
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_an_offset_that_is_no_number_points_to_nothing(device, value):
+    """As after an overflow; read as a place, it ends the whole process."""
+    x, weight = torch.rand(1, 1, 3, 3), torch.rand(1, 1, 1, 1)
+    offset = torch.zeros(1, 2, 3, 3)
+    offset[0, 0, 1, 2] = value
+    found = mmcv_ops.deform_conv2d(
+        x.to(device), offset.to(device), weight.to(device)
+    ).cpu()
+    expected = weight[0, 0, 0, 0] * x
+    expected[0, 0, 1, 2] = 0
+    torch.testing.assert_close(found, expected)
+
+
 def larger_operands(device, dtype=torch.float):
     """Of a map of 4 x 3, moved by offsets of one of 8 x 6, as in DyHead."""
     torch.manual_seed(5)

@@ -16,6 +16,9 @@ from .common import wide
 # gradient they came from, until mmcv asks for them.
 _ready = WeakTensorKeyDictionary()
 
+#: An offset to where no map is, pixels.
+OUTSIDE = 1e6
+
 
 @torch.no_grad()
 def deform_conv_forward(
@@ -343,7 +346,10 @@ def _operands(
         mask = input.new_zeros((input.size(0), 1))
     if bias is None:
         bias = input.new_zeros(weight.size(0))
-    return wide(input, weight, offset, mask, bias)
+    input, weight, offset, mask, bias = wide(input, weight, offset, mask, bias)
+    # torchvision looks where an offset that is no number points to, and reads
+    # memory that is not its own; mmcv's kernels find nothing there.
+    return input, weight, offset.nan_to_num(nan=OUTSIDE), mask, bias
 
 
 def _version(*tensors: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,797 @@
+"""What distillation costs: a step, its parts, and the floor under it.
+
+A training step of a student takes some time; with a teacher it takes at least
+that and one forward pass of the teacher, as far as its taps ask. Four kinds of
+steps take turns on the same batches, in blocks whose order is drawn anew each
+round, so that a machine that slows down slows all of them:
+
+- *plain*: the student without mmkd;
+- *null*: the student in a distiller of which nothing counts;
+- *teacher*: the teacher's forward pass alone;
+- *full*: the training as its config says.
+
+*Floor* is plain and teacher together, and what *full* takes beyond it is what
+mmkd costs. Each term is timed by itself as well, forward and backward, on
+outputs that are there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mmdet
+import numpy as np
+import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import MessageHub
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from mmkd.analysis.cost import quiet
+from mmkd.analysis.statistics import percentile_interval
+from mmkd.checks import check_positive
+from mmkd.classes import head_classes
+from mmkd.configs import read_config, student_config
+from mmkd.distillers.distiller import Distilling
+from mmkd.files import whole
+from mmkd.laboratory.pace import load_batches
+from mmkd.randomness import preserved
+from mmkd.registry import MODELS
+from mmkd.schedules import Constant
+from mmkd.structures.nested import apply
+from mmkd.taps import Call, Record, recording
+from mmkd.version import __version__
+
+ARMS = ('plain', 'null', 'teacher', 'full')
+FOLDER = Path('work_dirs/benchmark')
+MIB = 2**20
+#: Draws of the bootstrap.
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a config is timed.
+
+    Attributes:
+        blocks: Rounds, in each of which every arm takes one block.
+        steps: Of a block.
+        warm_up: Steps of each arm that are not timed.
+        batches: Different batches that the steps go through.
+        device: ``'cpu'``, ``'cuda'``, …
+        threads: Of the CPU.
+        amp: Whether student and terms run in mixed precision.
+        boxes: Mean number of boxes an image; None takes the config's own
+            data.
+        size: Height and width of images that are made up.
+        batch_size: Of batches that are made up.
+        random_weights: Whether teachers go without their checkpoints.
+        seed: Of all that is drawn.
+    """
+
+    blocks: int = 10
+    steps: int = 4
+    warm_up: int = 4
+    batches: int = 8
+    device: str = 'cpu'
+    threads: int = 1
+    amp: bool = False
+    boxes: float | None = None
+    size: tuple[int, int] = (800, 1344)
+    batch_size: int = 2
+    random_weights: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive(
+            'benchmark',
+            blocks=self.blocks,
+            steps=self.steps,
+            batches=self.batches,
+            threads=self.threads,
+            batch_size=self.batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured of one config.
+
+    Attributes:
+        config: Its name.
+        seconds: Of a step, by arm and block.
+        terms: Of each term's forward and backward pass, by block.
+        memory: MiB by arm: at its peak on a GPU, saved for the backward pass
+            elsewhere.
+        facts: What was run where.
+    """
+
+    config: str
+    seconds: Mapping[str, list[float]]
+    terms: Mapping[str, list[float]]
+    memory: Mapping[str, float]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def median(self, arm: str) -> float:
+        """Milliseconds of an arm's step."""
+        return 1000 * statistics.median(self.seconds[arm])
+
+    @property
+    def floor(self) -> float:
+        """Plain and teacher together, relative to plain."""
+        return (self.median('plain') + self.median('teacher')) / self.median(
+            'plain'
+        )
+
+    def ratio(self, over: Sequence[str] = ('plain',)) -> tuple[float, ...]:
+        """Full relative to other arms together: estimate, low and high.
+
+        The interval is that of a bootstrap over rounds: all arms of a round
+        are drawn together.
+        """
+        taken = {name: np.array(one) for name, one in self.seconds.items()}
+
+        def of(rows: Any) -> float:
+            base = sum(np.median(taken[name][rows]) for name in over)
+            return float(np.median(taken['full'][rows]) / base)
+
+        count = len(taken['full'])
+        dice = np.random.default_rng(0)
+        draws = [of(dice.integers(0, count, count)) for _ in range(DRAWS)]
+        found = percentile_interval(of(np.arange(count)), draws)
+        return found.mean, found.low, found.high
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def measure(config: Config, settings: Settings, name: str = '') -> Timing:
+    """Time a distillation config.
+
+    Args:
+        config: A training config whose model is a ``mmkd.Distiller``.
+        settings: How.
+        name: Of the config, for the report.
+
+    Raises:
+        ValueError: If it has no teachers.
+        FileNotFoundError: If a teacher's weights, or the data, are missing;
+            the message names the option that does without.
+    """
+    if config.model.get('type') not in ('mmkd.Distiller', 'Distiller'):
+        raise ValueError(
+            f'benchmark times distillation, but the model of {name} is '
+            f'{config.model.get("type")}, which has no teacher. Name a config '
+            f'with teachers, or write one: mmkd train STUDENT --teacher '
+            f'TEACHER --print-config FILE'
+        )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        with preserved(settings.seed), quiet(), _no_collection():
+            return _measure(config, settings, name)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(config: Config, settings: Settings, name: str) -> Timing:
+    init_default_scope(config.get('default_scope', 'mmdet'))
+    batches = _load(config, settings)
+    arms = _arms(config, settings)
+    clock = Clock(settings.device)
+    steps = {
+        'plain': arms['plain'],
+        'null': arms['null'],
+        'teacher': _Teachers(arms['full']),
+        'full': arms['full'],
+    }
+    hub = MessageHub.get_current_instance()
+    hub.update_info('iter', 0)
+    hub.update_info('max_iters', 10**9)
+    for step in steps.values():
+        for index in range(settings.warm_up):
+            step(batches[index % len(batches)])
+    terms = _Terms(arms['full'], clock)
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    of_terms: dict[str, list[float]] = {}
+    dice = random.Random(settings.seed)
+    for block in range(settings.blocks):
+        first = block * settings.steps
+        chosen = [
+            batches[(first + index) % len(batches)]
+            for index in range(settings.steps)
+        ]
+        for arm in dice.sample(ARMS, len(ARMS)):
+            with clock.span() as span:
+                for batch in chosen:
+                    steps[arm](batch)
+            seconds[arm].append(span() / settings.steps)
+        for term, taken in terms(chosen).items():
+            of_terms.setdefault(term, []).append(taken)
+    memory = {
+        arm: _memory(arms[arm], batches[0], settings.device)
+        for arm in ('plain', 'null', 'full')
+    }
+    return Timing(
+        name, seconds, of_terms, memory, _facts(settings, batches, arms)
+    )
+
+
+# ---------------------------------------------------------------------- arms
+
+
+class Arm:
+    """Training steps of one model."""
+
+    def __init__(
+        self, model: nn.Module, config: Config, settings: Settings
+    ) -> None:
+        self.model = model.to(settings.device).train()
+        wrapper = copy.deepcopy(dict(config.optim_wrapper))
+        if settings.amp:
+            wrapper.update(type='AmpOptimWrapper')
+        self.wrapper = build_optim_wrapper(self.model, wrapper)
+        self.amp = settings.amp
+
+    def __call__(self, batch: Any) -> None:
+        self.model.train_step(batch, self.wrapper)
+
+    def shown(self, batch: Any) -> tuple[Tensor, list]:
+        """A batch as the model's losses take it."""
+        data = self.model.data_preprocessor(batch, True)
+        return data['inputs'], data['data_samples']
+
+    @property
+    def precision(self) -> Any:
+        if not self.amp:
+            return nullcontext()
+        return self.wrapper.optim_context(self.model)
+
+
+def _arms(config: Config, settings: Settings) -> dict[str, Arm]:
+    with tempfile.TemporaryDirectory() as folder:
+        full, null = (_built(config, settings, folder) for _ in range(2))
+    for term in null.terms.values():
+        term.schedule = Constant(0.0)
+    plain = MODELS.build(student_config(config.model))
+    state = plain.state_dict()
+    weights = full.state_dict()
+    plain.load_state_dict({key: weights[key] for key in state})
+    null.load_state_dict(weights)
+    return {
+        name: Arm(model, config, settings)
+        for name, model in dict(plain=plain, null=null, full=full).items()
+    }
+
+
+def _built(config: Config, settings: Settings, folder: str) -> Distilling:
+    model = MODELS.build(copy.deepcopy(config.model))
+    if settings.random_weights:
+        for name, teacher in model.teachers.items():
+            teacher.checkpoint = Path(folder, f'{name}.pth')
+            torch.manual_seed(settings.seed)
+            torch.save(
+                dict(state_dict=teacher.detector.state_dict()),
+                teacher.checkpoint,
+            )
+    torch.manual_seed(settings.seed)
+    try:
+        model.init_weights()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f'{error} Times depend on shapes alone: --random-weights does '
+            f'without.'
+        ) from error
+    return model
+
+
+class _Teachers:
+    """The forward pass of each teacher, as far as its taps ask."""
+
+    def __init__(self, arm: Arm) -> None:
+        self.arm = arm
+
+    def __call__(self, batch: Any) -> None:
+        model = self.arm.model
+        images, samples = self.arm.shown(batch)
+        with self.arm.precision:
+            for teacher in model.teachers.values():
+                if teacher.paths:
+                    teacher.run(images, samples, model._pixels)
+
+
+class _Terms:
+    """Each term, forward and backward, on what the models returned."""
+
+    def __init__(self, arm: Arm, clock: Clock) -> None:
+        self.arm, self.clock = arm, clock
+
+    def __call__(self, batches: Sequence[Any]) -> dict[str, float]:
+        """Seconds a step by term."""
+        model = self.arm.model
+        spans: dict[str, list[Callable[[], float]]] = {}
+        for batch in batches:
+            images, samples = self.arm.shown(batch)
+            with self.arm.precision:
+                paths = model._student_paths(list(model.terms))
+                with recording(model, paths) as record:
+                    losses = super(Distilling, model).loss(images, samples)
+                step = model._step(
+                    _cut(record), images, samples, losses=dict(losses)
+                )
+                for name in model.teachers:
+                    step.teacher(name)
+                for name, term in model.terms.items():
+                    with self.clock.span() as span:
+                        _once(term, step)
+                    spans.setdefault(name, []).append(span)
+            model.zero_grad(set_to_none=True)
+        return {
+            name: sum(span() for span in each) / len(batches)
+            for name, each in spans.items()
+        }
+
+
+def _once(term: nn.Module, step: Any) -> None:
+    share = term(step)
+    parts = share if isinstance(share, Mapping) else {'': share}
+    total = sum(
+        one for part, one in parts.items() if not part.startswith('watch_')
+    )
+    if isinstance(total, Tensor) and total.requires_grad:
+        total.backward()
+
+
+def _cut(record: Record) -> Record:
+    """Outputs that gradients reach and do not pass."""
+
+    def leaf(value: Tensor) -> Tensor:
+        wanted = value.requires_grad
+        return value.detach().requires_grad_(wanted)
+
+    found = Record(record.detector, record._calls)
+    found.size = record.size
+    for path, calls in record._calls.items():
+        for call in calls:
+            found.add(
+                path,
+                Call(
+                    *(
+                        apply(leaf, one)
+                        for one in (call.args, call.kwargs, call.output)
+                    )
+                ),
+            )
+    return found
+
+
+# ---------------------------------------------------------------------- data
+
+
+def _load(config: Config, settings: Settings) -> list[Any]:
+    if settings.boxes is not None:
+        return synthetic(config, settings)
+    try:
+        return load_batches(config, settings.batches, settings.seed)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f'{error} Put the data there, or take pictures of noise with '
+            f'--synthetic BOXES.'
+        ) from error
+
+
+def synthetic(config: Config, settings: Settings) -> list[Any]:
+    """Batches of noise, with as many boxes as one likes.
+
+    Numbers of boxes are Poisson about ``settings.boxes``; each image has a
+    mask a box, for those that learn from masks.
+    """
+    dice = np.random.default_rng(settings.seed)
+    height, width = settings.size
+    known = MODELS.build(student_config(config.model))
+    classes = min(head_classes(known).values(), default=1)
+    batches = []
+    for _ in range(settings.batches):
+        inputs, samples = [], []
+        for number in range(settings.batch_size):
+            noise = dice.integers(0, 256, (3, height, width), np.uint8)
+            inputs.append(torch.from_numpy(noise))
+            count = int(dice.poisson(settings.boxes))
+            centre = dice.uniform(0.1, 0.9, (count, 2))
+            extent = dice.uniform(0.05, 0.2, (count, 2))
+            boxes = np.concatenate(
+                [centre - extent / 2, centre + extent / 2], 1
+            )
+            boxes = boxes.clip(0, 1) * [width, height, width, height]
+            samples.append(
+                _sample(
+                    number,
+                    boxes,
+                    dice.integers(classes, size=count),
+                    height,
+                    width,
+                )
+            )
+        batches.append(dict(inputs=inputs, data_samples=samples))
+    return batches
+
+
+def _sample(
+    number: int, boxes: np.ndarray, labels: np.ndarray, height: int, width: int
+) -> DetDataSample:
+    size = (height, width)
+    sample = DetDataSample(
+        metainfo=dict(
+            img_id=number,
+            img_path=f'{number}.jpg',
+            img_shape=size,
+            ori_shape=size,
+            pad_shape=size,
+            scale_factor=(1.0, 1.0),
+            flip=False,
+            border=(0, height, 0, width),
+        )
+    )
+    masks = np.zeros((len(boxes), height, width), np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.astype(int)):
+        mask[top:bottom, left:right] = 1
+    sample.gt_instances = InstanceData(
+        bboxes=torch.from_numpy(boxes).float(),
+        labels=torch.from_numpy(labels).long(),
+        masks=BitmapMasks(masks, height, width),
+    )
+    sample.ignored_instances = InstanceData(
+        bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long)
+    )
+    return sample
+
+
+# --------------------------------------------------------------------- clock
+
+
+class Clock:
+    """Seconds of work: events on a GPU, the process's own on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith('cuda')
+
+    @contextmanager
+    def span(self) -> Iterator[Callable[[], float]]:
+        """Time a block; on a GPU nothing waits for it until it is asked."""
+        if self.cuda:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+
+            def seconds() -> float:
+                events[1].synchronize()
+                return events[0].elapsed_time(events[1]) / 1000
+
+            yield seconds
+            events[1].record()
+            return
+        ends: list[float] = [time.process_time()]
+        yield lambda: ends[1] - ends[0]
+        ends.append(time.process_time())
+
+
+def _memory(arm: Arm, batch: Any, device: str) -> float:
+    if device.startswith('cuda'):
+        torch.cuda.reset_peak_memory_stats()
+        arm(batch)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / MIB
+    return saved(arm, batch) / MIB
+
+
+def saved(arm: Arm, batch: Any) -> int:
+    """Bytes that one step keeps for its backward pass, weights left out."""
+    own = {one.untyped_storage().data_ptr() for one in arm.model.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(one: Tensor) -> Tensor:
+        storage = one.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(one.detach())  # or its place would be given away
+        return one
+
+    images, samples = arm.shown(batch)
+    with (
+        arm.precision,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one),
+    ):
+        arm.model.loss(images, samples)
+    return sum(kept.values())
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    was = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+# -------------------------------------------------------------------- report
+
+
+def _facts(
+    settings: Settings, batches: Sequence[Any], arms: Mapping[str, Arm]
+) -> dict[str, Any]:
+    samples = [one for batch in batches for one in batch['data_samples']]
+    sizes = [
+        tuple(one.shape[-2:]) for batch in batches for one in batch['inputs']
+    ]
+    model = arms['full'].model
+    return dict(
+        device=_device(settings.device),
+        memory='peak'
+        if settings.device.startswith('cuda')
+        else 'saved for backward',
+        threads=settings.threads,
+        precision='mixed' if settings.amp else 'float32',
+        image=[int(x) for x in np.median(np.array(sizes), 0)],
+        batch=len(batches[0]['data_samples']),
+        boxes=float(np.mean([len(one.gt_instances) for one in samples])),
+        data='noise' if settings.boxes is not None else 'the config’s own',
+        weights='random' if settings.random_weights else 'checkpoint',
+        student=model.student_class.__name__,
+        teachers={
+            name: type(one.detector).__name__
+            for name, one in model.teachers.items()
+        },
+        blocks=settings.blocks,
+        steps=settings.steps,
+        versions=dict(
+            mmkd=__version__, torch=torch.__version__, mmdet=mmdet.__version__
+        ),
+    )
+
+
+def _device(device: str) -> str:
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [one for one in lines if one.startswith('model name')]
+    return named[0].partition(':')[2].strip() if named else 'CPU'
+
+
+def report(timing: Timing) -> str:
+    """What was measured, in lines."""
+    plain = timing.median('plain')
+    ratio, low, high = timing.ratio()
+    over, *ends = timing.ratio(('plain', 'teacher'))
+    facts = timing.facts
+    kind = facts['memory']
+    lines = [
+        f'{timing.config}: {facts["student"]} of '
+        f'{", ".join(facts["teachers"].values()) or "no teacher"}',
+        f'  {facts["device"]}, {facts["threads"]} threads, '
+        f'{facts["precision"]}, images {facts["image"][0]} x '
+        f'{facts["image"][1]}, batch {facts["batch"]}, {facts["boxes"]:.1f} '
+        f'boxes an image ({facts["data"]}), {facts["weights"]} weights',
+        '',
+        f'  {"":10}{"ms a step":>12}{"of plain":>10}{kind + ", MiB":>26}',
+    ]
+    for arm in ARMS:
+        memory = timing.memory.get(arm)
+        lines.append(
+            f'  {arm:10}{timing.median(arm):12.1f}'
+            f'{timing.median(arm) / plain:10.3f}'
+            + ('' if memory is None else f'{memory:26.1f}')
+        )
+    for term, taken in timing.terms.items():
+        median = 1000 * statistics.median(taken)
+        lines.append(f'  {"+ " + term:10}{median:12.1f}{median / plain:10.3f}')
+    return '\n'.join(
+        [
+            *lines,
+            '',
+            f'  A step takes {ratio:.3f} times the student’s own '
+            f'(95 %: {low:.3f} to {high:.3f}); the floor is '
+            f'{timing.floor:.3f}.',
+            f'  That is {over:.3f} times student and teacher together '
+            f'({ends[0]:.3f} to {ends[1]:.3f}).',
+        ]
+    )
+
+
+HEAD = """\
+# Speed
+
+What a training step costs with a teacher, relative to the student's own.
+Written by `tools/benchmark.py --page`, from the measurements in
+[speed/](speed/); times of two rows are to be compared within a row only.
+
+*Plain* is the student without mmkd, *null* what a distiller adds of which
+nothing counts, *teacher* its forward pass as far as the terms ask, *full* the
+training as its config says. The *floor* is plain and teacher together; no
+training that shows each batch to its teacher can be faster. Medians over
+blocks in which the four take turns in an order drawn anew, on the same
+batches; in brackets the 95 % interval of a bootstrap over blocks.
+"""
+COLUMNS = (
+    'config',
+    'image, batch, boxes',
+    'plain, ms',
+    'null, ms more',
+    'teacher, ms',
+    'full, ms',
+    'full of plain',
+    'floor',
+    'full of floor',
+    'MiB, plain and full',
+)
+
+
+def page(folder: Path) -> str:
+    """The measurements of a folder as a page, by machine and versions."""
+    groups: dict[str, list[Timing]] = {}
+    for path in sorted(folder.glob('*.json')):
+        one = Timing(**json.loads(path.read_text()))
+        groups.setdefault(_circumstances(one.facts), []).append(one)
+    parts = [HEAD]
+    for title, timings in groups.items():
+        parts.append(
+            '\n'.join(
+                [
+                    f'{title}\n',
+                    f'| {" | ".join(COLUMNS)} |',
+                    f'|{"---|" * len(COLUMNS)}',
+                    *map(row, timings),
+                    '',
+                ]
+            )
+        )
+    return '\n'.join(parts)
+
+
+def _circumstances(facts: Mapping[str, Any]) -> str:
+    versions = ', '.join(
+        f'{name} {one}' for name, one in facts['versions'].items()
+    )
+    return (
+        f'{facts["device"]}, {facts["threads"]} threads, '
+        f'{facts["precision"]}, {facts["weights"]} weights, data: '
+        f'{facts["data"]}; {facts["blocks"]} blocks of {facts["steps"]} '
+        f'steps; memory: {facts["memory"]}; {versions}.'
+    )
+
+
+def row(one: Timing) -> str:
+    """A line of the table."""
+    ratio, low, high = one.ratio()
+    over, *_ = one.ratio(('plain', 'teacher'))
+    facts, plain = one.facts, one.median('plain')
+    cells = [
+        one.config,
+        f'{facts["image"][0]} x {facts["image"][1]}, {facts["batch"]}, '
+        f'{facts["boxes"]:.0f}',
+        f'{plain:.0f}',
+        f'{one.median("null") - plain:+.1f}',
+        f'{one.median("teacher"):.0f}',
+        f'{one.median("full"):.0f}',
+        f'{ratio:.2f} ({low:.2f} to {high:.2f})',
+        f'{one.floor:.2f}',
+        f'{over:.2f}',
+        f'{one.memory["plain"]:.0f}, {one.memory["full"]:.0f}',
+    ]
+    return f'| {" | ".join(cells)} |'
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``benchmark.py``."""
+    options = _parser().parse_args(arguments)
+    settings = Settings(
+        blocks=options.blocks,
+        steps=options.steps,
+        warm_up=options.warm_up,
+        batches=options.batches,
+        device=options.device or get_device(),
+        threads=options.threads,
+        amp=options.amp,
+        boxes=options.synthetic,
+        size=tuple(options.size),
+        batch_size=options.batch_size,
+        random_weights=options.random_weights,
+        seed=options.seed,
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    for path in options.configs:
+        name = Path(path).stem
+        try:
+            config = read_config(path, 'benchmark')
+            found = measure(config, settings, name)
+        except (FileNotFoundError, ValueError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        print(report(found), flush=True)
+        with whole(options.out / f'{name}.json') as part:
+            part.write_text(json.dumps(found.as_dict(), indent=1) + '\n')
+        if options.page:
+            with whole(options.page) as part:
+                part.write_text(page(options.out))
+        if options.trace:
+            trace(config, settings, options.out / f'{name}.trace.json')
+    return 0
+
+
+def trace(config: Config, settings: Settings, path: Path) -> None:
+    """Write one full step as ``torch.profiler`` sees it, for a browser."""
+    init_default_scope(config.get('default_scope', 'mmdet'))
+    with preserved(settings.seed), quiet():
+        arm = _arms(config, settings)['full']
+        batch = _load(config, settings)[0]
+        arm(batch)
+        with torch.profiler.profile() as profile:
+            arm(batch)
+    profile.export_chrome_trace(str(path))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='benchmark.py',
+        description='What a distillation costs, relative to the student '
+        'alone: time and memory of a step, of the teacher, of each term.',
+    )
+    parser.add_argument('configs', nargs='+', metavar='CONFIG')
+    whole_numbers = dict(blocks=10, steps=4, warm_up=4, batches=8, threads=1)
+    for name, value in whole_numbers.items():
+        parser.add_argument(
+            f'--{name.replace("_", "-")}', type=int, default=value
+        )
+    parser.add_argument('--device', help='cuda where there is one')
+    parser.add_argument('--amp', action='store_true')
+    parser.add_argument(
+        '--synthetic',
+        type=float,
+        metavar='BOXES',
+        help="pictures of noise with so many boxes, not the config's data",
+    )
+    parser.add_argument(
+        '--size', type=int, nargs=2, default=(800, 1344), metavar='PIXELS'
+    )
+    parser.add_argument('--batch-size', type=int, default=2)
+    parser.add_argument(
+        '--random-weights',
+        action='store_true',
+        help='teachers without their checkpoints',
+    )
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--out', type=Path, default=FOLDER)
+    parser.add_argument(
+        '--page', type=Path, help='table of all measurements in --out'
+    )
+    parser.add_argument(
+        '--trace', action='store_true', help='write a step of torch.profiler'
+    )
+    return parser

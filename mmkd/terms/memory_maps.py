@@ -1,0 +1,141 @@
+"""What the encoder of a DETR hands its decoder, as maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from mmkd.registry import MODELS
+from mmkd.structures import Outputs, Step
+from mmkd.taps import crop, maps_of, pick_levels
+from mmkd.terms.feature import FeatureTerm
+from mmkd.terms.queries import check_asks
+
+if TYPE_CHECKING:
+    from mmkd.teachers import Teacher
+
+#: What makes the memory, and where its maps have their sizes from.
+ENCODER, MAPS = 'forward_encoder', 'neck'
+
+
+@MODELS.register_module()
+class MemoryTerm(FeatureTerm):
+    """Distance between what two encoders hand their decoders.
+
+    The memory of DETR, Conditional and DAB-DETR is one map, the last of the
+    neck; that of Deformable DETR, DINO and DDQ is all of them. It is laid out
+    as maps, so that every loss, weight and alignment of :class:`FeatureTerm`
+    applies.
+
+    Args:
+        teacher: Name of the teacher.
+        loss: Config of the loss.
+        levels: Which maps of the memory, 0 is the finest; all if None.
+        align: Config of the neck that makes the student's maps comparable;
+            none if None.
+        teacher_levels: The same as ``levels`` for the teacher; as the
+            student's if None.
+        teacher_align: The same as ``align`` for the teacher's maps.
+        weight: Config of what says how much each cell counts, of
+            ``mmkd.weights``.
+        schedule: Factor over the training; constant 1 if None.
+
+    Raises:
+        ValueError: If a detector has no queries, or levels, channels or sizes
+            do not fit, while the model is built.
+
+    Not kept:
+        border: What cells of the padded border count, says the loss.
+
+    Reference:
+        Carion et al., "End-to-End Object Detection with Transformers", ECCV
+        2020, arXiv:2005.12872, of the encoder; what to compare is ours.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        loss: Mapping,
+        levels: Sequence[int] | None = None,
+        align: Mapping | None = None,
+        teacher_levels: Sequence[int] | None = None,
+        teacher_align: Mapping | None = None,
+        weight: Mapping | None = None,
+        schedule: Mapping | None = None,
+    ) -> None:
+        super().__init__(
+            teacher,
+            loss,
+            tap=(ENCODER, MAPS),
+            levels=levels,
+            align=align,
+            teacher_levels=teacher_levels,
+            teacher_align=teacher_align,
+            weight=weight,
+            schedule=schedule,
+        )
+
+    def bind(
+        self, student: nn.Module, teachers: Mapping[str, Teacher]
+    ) -> None:
+        who = type(self).__name__
+        check_asks(who, student, 'student')
+        if self.teacher in teachers:
+            check_asks(who, teachers[self.teacher].detector, 'teacher')
+        super().bind(student, teachers)
+
+    def maps(
+        self, step: Step
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The memories of both sides as maps, paired, before any alignment.
+
+        Raises:
+            ValueError: If one side has more of them and the loss pairs them
+                level by level.
+        """
+        shown = step.teacher(self.teacher)
+        student, teacher = (
+            pick_levels(memory_maps(outputs), levels, 'The memory')
+            for outputs, levels in (
+                (step.student, self.levels),
+                (shown, self.teacher_levels),
+            )
+        )
+        if len(student) != len(teacher) and not self.joint:
+            raise ValueError(
+                f"The student's memory has {len(student)} maps, that of "
+                f'teacher {self.teacher!r} {len(teacher)}. Pair levels of one '
+                f'stride with levels= and teacher_levels=.'
+            )
+        teacher = tuple(one.detach() for one in teacher)
+        return student, crop(teacher, shown.size, step.images.shape[-2:])
+
+
+def memory_maps(outputs: Outputs) -> tuple[Tensor, ...]:
+    """A detector's memory, as maps of the sizes that its neck gave.
+
+    Returns:
+        (N, D, H, W) each, the finest first.
+
+    Raises:
+        ValueError: If the tokens are not those of the neck's maps.
+    """
+    memory = outputs.at(ENCODER)['memory']
+    maps = maps_of(outputs.at(MAPS), f'The tap {MAPS!r}')
+    sizes = [tuple(one.shape[-2:]) for one in maps]
+    counts = [rows * columns for rows, columns in sizes]
+    if sum(counts) != memory.shape[1]:  # DETR reads the last alone
+        sizes, counts = sizes[-1:], counts[-1:]
+    if sum(counts) != memory.shape[1]:
+        raise ValueError(
+            f'{type(outputs.detector).__name__} has a memory of '
+            f'{memory.shape[1]} tokens, but its neck gives maps of '
+            f'{[tuple(one.shape[-2:]) for one in maps]}. Choose a term on '
+            f"the neck for this pair: type='mmkd.FeatureTerm'."
+        )
+    return tuple(
+        tokens.transpose(1, 2).unflatten(2, size)
+        for tokens, size in zip(memory.split(counts, 1), sizes)
+    )

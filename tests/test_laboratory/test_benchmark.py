@@ -1,0 +1,290 @@
+"""What a step costs: who is timed, on what, and what is made of it."""
+
+import json
+
+import families
+import pytest
+import runs
+import tiny
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from mmkd.laboratory import benchmark
+from mmkd.laboratory.benchmark import (
+    ARMS,
+    Arm,
+    Settings,
+    Timing,
+    main,
+    measure,
+    page,
+    report,
+    saved,
+    synthetic,
+)
+
+data = runs.data
+QUICK = Settings(blocks=2, steps=2, warm_up=1, batches=3)
+FACTS = dict(
+    device='A machine',
+    memory='peak',
+    threads=1,
+    precision='float32',
+    image=[64, 64],
+    batch=2,
+    boxes=3.0,
+    data='noise',
+    weights='random',
+    student='RetinaNet',
+    teachers=dict(big='RetinaNet'),
+    blocks=3,
+    steps=1,
+    versions=dict(mmkd='1'),
+)
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    init_default_scope('mmdet')
+    teacher = tiny.retinanet(base=16)
+    weights = tiny.save_teacher(teacher, tmp_path / 'teacher.pth')
+    model = tiny.distilled(
+        tiny.retinanet(),
+        dict(big=dict(config=dict(model=teacher), checkpoint=str(weights))),
+        dict(
+            pkd=dict(
+                type='mmkd.FeatureTerm',
+                teacher='big',
+                loss=dict(type='mmkd.PKDLoss'),
+            )
+        ),
+    )
+    return runs.config(data, tmp_path / 'run', epochs=1, model=model)
+
+
+def timing(**seconds):
+    return Timing(
+        'one', seconds, dict(pkd=[0.5]), dict(plain=1, full=2), FACTS
+    )
+
+
+# What is made of the times ---------------------------------------------------
+
+
+def test_ratios_by_hand():
+    one = timing(
+        plain=[1.0, 2.0, 9.0],
+        null=[1.0, 2.0, 9.0],
+        teacher=[0.5, 0.5, 0.5],
+        full=[3.0, 3.0, 30.0],
+    )
+    assert one.median('plain') == 2000
+    assert one.floor == pytest.approx(2.5 / 2)
+    assert one.ratio()[0] == pytest.approx(3 / 2)
+    assert one.ratio(('plain', 'teacher'))[0] == pytest.approx(3 / 2.5)
+
+
+def test_times_without_spread_have_no_interval():
+    one = timing(
+        plain=[1.0] * 5, null=[1.0] * 5, teacher=[0.5] * 5, full=[1.5] * 5
+    )
+    assert one.ratio() == pytest.approx((1.5, 1.5, 1.5))
+
+
+def test_rounds_are_drawn_as_a_whole():
+    """A machine that slows all arms alike makes no ratio uncertain."""
+    pace = [1.0, 2.0, 4.0, 8.0, 16.0]
+    one = timing(
+        plain=pace,
+        null=pace,
+        teacher=pace,
+        full=[3 * x for x in pace],
+    )
+    assert one.ratio() == pytest.approx((3.0, 3.0, 3.0))
+
+
+def test_the_page_is_written_from_what_was_kept(tmp_path):
+    one = timing(plain=[2.0], null=[2.01], teacher=[0.5], full=[3.0])
+    (tmp_path / 'one.json').write_text(json.dumps(one.as_dict()))
+    line = page(tmp_path).splitlines()[-1]
+    assert [x.strip() for x in line.strip('|').split('|')] == [
+        'one',
+        '64 x 64, 2, 3',
+        '2000',
+        '+10.0',
+        '500',
+        '3000',
+        '1.50 (1.50 to 1.50)',
+        '1.25',
+        '1.20',
+        '1, 2',
+    ]
+    assert 'A machine, 1 threads' in page(tmp_path)
+    assert 'times the student' in report(one)
+
+
+# What is timed ---------------------------------------------------------------
+
+
+def test_all_four_take_turns_on_the_same_batches(config, monkeypatch):
+    seen = []
+    step = Arm.__call__
+
+    def noted(self, batch):
+        kind = 'plain'
+        if hasattr(self.model, 'terms'):
+            factor = self.model.terms.pkd.schedule(0.5)
+            kind = 'full' if factor else 'null'
+        seen.append((kind, id(batch)))
+        step(self, batch)
+
+    monkeypatch.setattr(Arm, '__call__', noted)
+    found = measure(config, QUICK, 'tiny')
+    by_arm = {
+        arm: [batch for kind, batch in seen if kind == arm]
+        for arm in ('plain', 'null', 'full')
+    }
+    # One step to warm up, two rounds of two; on a CPU memory takes none.
+    assert len(by_arm['plain']) == 5
+    assert by_arm['plain'] == by_arm['null'] == by_arm['full']
+    assert len(set(by_arm['plain'])) == 3
+    assert {
+        arm: len(one) for arm, one in found.seconds.items()
+    } == dict.fromkeys(ARMS, 2)
+    assert all(one > 0 for each in found.seconds.values() for one in each)
+    assert list(found.terms) == ['pkd']
+    assert found.facts['boxes'] > 0
+
+
+def test_null_is_a_distiller_of_which_nothing_counts(config):
+    arms = benchmark._arms(config, QUICK)
+    batch = benchmark._load(config, QUICK)[0]
+    losses = {}
+    for name, arm in arms.items():
+        torch.manual_seed(0)
+        losses[name] = arm.model.loss(*arm.shown(batch))
+    for key, value in losses['plain'].items():
+        for name in ('null', 'full'):
+            assert torch.equal(
+                torch.stack(list(value)), torch.stack(list(losses[name][key]))
+            )
+    assert losses['null']['loss_kd_pkd'] == 0
+    assert losses['full']['loss_kd_pkd'] > 0
+
+
+def test_the_teacher_stops_where_its_taps_do(config):
+    full = benchmark._arms(config, QUICK)['full']
+    (teacher,) = full.model.teachers.values()
+    called = []
+    for part in (teacher.detector.neck, teacher.detector.bbox_head):
+        part.register_forward_pre_hook(
+            lambda *one: called.append(type(one[0]))
+        )
+    benchmark._Teachers(full)(benchmark._load(config, QUICK)[0])
+    assert [one.__name__ for one in called] == ['FPN']
+
+
+def test_a_term_s_gradient_ends_at_the_taps(config):
+    """Nothing of the student but the tapped maps takes part."""
+    arm = benchmark._arms(config, QUICK)['full']
+    seen = []
+    term = arm.model.terms.pkd
+
+    def noted(step):
+        maps = step.student.at('neck')
+        seen.extend(maps)
+        assert all(one.is_leaf and one.requires_grad for one in maps)
+        return type(term).forward(term, step)
+
+    term.forward = noted
+    taken = benchmark._Terms(arm, benchmark.Clock('cpu'))(
+        benchmark._load(config, QUICK)[:1]
+    )
+    assert taken['pkd'] > 0
+    assert all(one.grad.abs().sum() > 0 for one in seen)
+    assert all(one.grad is None for one in arm.model.parameters())
+
+
+def test_what_a_layer_keeps_is_counted_by_hand():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Linear(4, 5, bias=False)
+            self.two = nn.Linear(5, 6, bias=False)
+
+        def loss(self, images, samples):
+            return self.two(self.one(images).square()).sum()
+
+    class Fake:
+        model = Model()
+        precision = benchmark.nullcontext()
+
+        def shown(self, batch):
+            return batch, []
+
+    # The images; what is squared; what the second layer multiplies.
+    floats = 3 * 4 + 3 * 5 + 3 * 5
+    assert saved(Fake(), torch.randn(3, 4)) == 4 * floats
+
+
+def test_noise_has_the_boxes_one_likes():
+    init_default_scope('mmdet')
+    config = Config(dict(model=families.mask_rcnn()))
+    settings = Settings(boxes=5.0, size=(64, 96), batch_size=4, batches=30)
+    batches = synthetic(config, settings)
+    samples = [one for batch in batches for one in batch['data_samples']]
+    counts = torch.tensor([len(one.gt_instances) for one in samples]).float()
+    assert counts.mean().item() == pytest.approx(5, abs=0.7)
+    assert counts.std() > 1
+    for one in samples:
+        found = one.gt_instances
+        assert (found.labels < tiny.CLASSES).all()
+        assert (found.bboxes[:, 2:] > found.bboxes[:, :2]).all()
+        assert found.masks.masks.shape == (len(found), 64, 96)
+    assert batches[0]['inputs'][0].shape == (3, 64, 96)
+
+
+# The command -----------------------------------------------------------------
+
+
+def test_the_command_prints_and_keeps(config, tmp_path, capsys):
+    path = tmp_path / 'taught.py'
+    config.dump(path)
+    out = tmp_path / 'out'
+    given = [str(path), '--out', str(out), '--page', str(tmp_path / 'page.md')]
+    few = [
+        '--blocks',
+        '2',
+        '--steps',
+        '1',
+        '--warm-up',
+        '1',
+        '--device',
+        'cpu',
+    ]
+    noise = ['--synthetic', '3', '--size', '64', '64', '--random-weights']
+    assert main([*given, *few, *noise]) == 0
+    said = capsys.readouterr().out
+    assert 'images 64 x 64, batch 2' in said
+    assert '+ pkd' in said
+    kept = json.loads((out / 'taught.json').read_text())
+    assert kept['facts']['weights'] == 'random'
+    assert '| taught |' in (tmp_path / 'page.md').read_text()
+
+
+def test_a_plain_config_is_refused(tmp_path, capsys):
+    path = tmp_path / 'plain.py'
+    Config(dict(model=tiny.retinanet())).dump(path)
+    assert main([str(path), '--out', str(tmp_path)]) == 2
+    assert '--print-config' in capsys.readouterr().err
+
+
+def test_missing_weights_and_data_say_what_to_type(config, tmp_path):
+    config.model.teachers.big.checkpoint = 'nowhere.pth'
+    with pytest.raises(FileNotFoundError, match='--random-weights'):
+        measure(config, QUICK, 'tiny')
+    config.train_dataloader.dataset.data_root = str(tmp_path / 'nothing')
+    with pytest.raises(FileNotFoundError, match='--synthetic'):
+        measure(config, QUICK, 'tiny')

@@ -1,0 +1,139 @@
+"""Which query belongs to which: by hand, by trying everything."""
+
+import itertools
+
+import pytest
+import torch
+from mmdet.models.task_modules.assigners import (
+    ClassificationCost,
+    FocalLossCost,
+)
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps
+from mmengine.structures import InstanceData
+
+from mmkd.losses.query import query_class_divergence
+from mmkd.ops.matching import (
+    assign,
+    corners,
+    giou,
+    iou,
+    pairwise_box_cost,
+    pairwise_class_divergence,
+    pairwise_label_cost,
+    pick_queries,
+)
+
+
+@pytest.fixture
+def boxes():
+    torch.manual_seed(0)
+    return torch.rand(2, 2, 5, 4) * 0.5 + 0.2
+
+
+def test_corners_are_those_of_mmdet(boxes):
+    torch.testing.assert_close(corners(boxes), bbox_cxcywh_to_xyxy(boxes))
+
+
+def test_giou_of_all_pairs_is_that_of_mmdet(boxes):
+    first, second = corners(boxes[0]), corners(boxes[1])
+    expected = bbox_overlaps(first, second, mode='giou')
+    found = giou(first[:, :, None], second[:, None])
+    torch.testing.assert_close(found, expected)
+
+
+def test_iou_of_all_pairs_is_that_of_mmdet(boxes):
+    first, second = corners(boxes[0]), corners(boxes[1])
+    found = iou(first[:, :, None], second[:, None])
+    torch.testing.assert_close(found, bbox_overlaps(first, second))
+
+
+def test_giou_by_hand():
+    first = torch.tensor([0.0, 0, 2, 2])
+    half, far = torch.tensor([[1.0, 0, 3, 2], [3.0, 0, 4, 2]])
+    assert giou(first, half).item() == pytest.approx(1 / 3)
+    assert giou(first, far).item() == pytest.approx(0 - 2 / 8)
+
+
+def test_giou_of_boxes_without_extent_is_finite():
+    point = torch.zeros(4, requires_grad=True)
+    giou(point, torch.zeros(4)).backward()
+    assert point.grad.isfinite().all()
+
+
+def test_the_cost_is_that_of_detr(boxes):
+    cost = pairwise_box_cost(boxes[0], boxes[1], 5.0, 2.0)
+    one, other = boxes[0, 1, 3], boxes[1, 1, 2]
+    near = bbox_overlaps(
+        bbox_cxcywh_to_xyxy(one[None]),
+        bbox_cxcywh_to_xyxy(other[None]),
+        mode='giou',
+    )
+    expected = 5 * (one - other).abs().sum() + 2 * (1 - near)
+    assert cost[1, 3, 2].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_no_other_assignment_is_cheaper():
+    torch.manual_seed(0)
+    cost = torch.rand(3, 5, 4)
+    rows, found = assign(cost)
+    assert found.all()
+    for table, row in zip(cost, rows):
+        total = table[row, torch.arange(4)].sum().item()
+        best = min(
+            sum(table[one, column].item() for column, one in enumerate(tried))
+            for tried in itertools.permutations(range(5), 4)
+        )
+        assert total == pytest.approx(best)
+        assert len(set(row.tolist())) == 4
+
+
+def test_with_fewer_rows_the_dearest_columns_go_without():
+    rows, found = assign(torch.tensor([[[5.0, 1.0, 9.0]]]))
+    assert found.tolist() == [[False, True, False]]
+    assert rows.tolist() == [[0, 0, 0]]
+
+
+def test_what_is_not_finite_is_dear():
+    nan = float('nan')
+    rows, _ = assign(torch.tensor([[[nan, 1.0], [2.0, nan]]]))
+    assert rows.tolist() == [[1, 0]]
+
+
+def test_queries_are_picked_image_by_image():
+    values = torch.arange(12.0).view(1, 2, 3, 2)  # L, N, Q, K
+    picked = pick_queries(values, torch.tensor([[2, 0], [1, 1]]))
+    assert picked.tolist() == [
+        [[[4, 5], [0, 1]], [[8, 9], [8, 9]]],
+    ]
+
+
+# Classes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('softmax', [True, False])
+def test_divergence_of_all_pairs_is_that_of_each(softmax):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
+    expected = query_class_divergence(
+        student[:, :, None], teacher[:, None], softmax
+    )
+    found = pairwise_class_divergence(student, teacher, softmax)
+    torch.testing.assert_close(found, expected)
+
+
+def test_divergence_of_all_pairs_bears_large_logits():
+    logits = torch.tensor([[[80.0, -90.0], [-90.0, 80.0]]])
+    found = pairwise_class_divergence(logits, logits)[0]
+    assert found.isfinite().all()
+    assert found.diagonal().tolist() == [0, 0]
+    assert found[0, 1] > 100
+
+
+@pytest.mark.parametrize('softmax', [True, False])
+def test_label_cost_is_that_of_mmdet(softmax):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 4), torch.tensor([2, 0])
+    cost = ClassificationCost(1) if softmax else FocalLossCost(eps=1e-8)
+    expected = cost(InstanceData(scores=logits), InstanceData(labels=labels))
+    found = pairwise_label_cost(logits[None], labels[None], softmax)
+    torch.testing.assert_close(found[0], expected)
