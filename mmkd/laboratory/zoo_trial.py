@@ -85,7 +85,8 @@ FAMILIES = {
         *('cwd_scores', 'soft_target', 'dist', 'dkd', 'nkd', 'bckd', 'ld'),
         *('crosskd', 'proposal', 'predicted'),
     ),
-    'instance': ('icd', 'gid', 'detrdistill', 'd3etr', 'kd_detr', 'clock'),
+    'instance': ('icd', 'gid'),
+    'query': ('detrdistill', 'd3etr', 'kd_detr', 'clock'),
 }
 
 #: Steps of a trial, in order: up to ``BASE`` plain mmdet is alone.
@@ -776,6 +777,8 @@ def _same_outputs(one: nn.Module, other: nn.Module, shown: Shown) -> int:
     None are where plain mmdet itself cannot say (some detectors lack this
     way of running).
     """
+    for detector in (one, other):
+        detector.eval()
     data = other.data_preprocessor(batch(other, shown))
     try:
         theirs = other(**copy.deepcopy(data), mode='tensor')
