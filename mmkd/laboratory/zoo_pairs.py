@@ -249,7 +249,7 @@ def weightless(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         kept = {
-            key: None if key in WEIGHTS else weightless(one)
+            key: _none(one) if key in WEIGHTS else weightless(one)
             for key, one in value.items()
             if not _fetches(one)
         }
@@ -259,6 +259,10 @@ def weightless(value: Any) -> Any:
             [weightless(one) for one in value if not _fetches(one)]
         )
     return value
+
+
+def _none(value: Any) -> bool | None:
+    return False if isinstance(value, bool) else None
 
 
 def _fetches(value: Any) -> bool:
