@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -43,6 +44,9 @@ GUESS = 60.0
 #: So many families of methods are asked of each detector, and of what share
 #: of the detectors.
 ASKED, SHARE = 3, 0.95
+
+#: Packages that some folders need and mmkd does not.
+OPTIONAL = ('mmpretrain', 'timm', 'scikit-image', 'scikit-learn')
 
 NOT_RUN, PASSED, FAILED = 'not run', 'passed', 'FAILED'
 #: Of folders that are no matter of distillation: other tasks, and what plain
@@ -486,7 +490,11 @@ def page(trials: Sequence[Trial]) -> str:
         rest = {name: records[name] for name in words if words[name] == word}
         if rest:
             parts += [text, '\n'.join(_rest(rest))]
-    said = ', '.join(f'{name} {value}' for name, value in versions().items())
+    known = versions()
+    for name in OPTIONAL:
+        with suppress(PackageNotFoundError):
+            known[name] = version(name)
+    said = ', '.join(f'{name} {value}' for name, value in known.items())
     parts.append(f'({said})')
     return '\n\n'.join(part.strip() for part in parts) + '\n'
 
