@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 # Neither stack's mmcv is compiled here: mmkd brings what mmdet calls.
 export MMCV_WITH_OPS := 0
 
-.PHONY: demo test test-slow test-all lint format docs setup clean
+.PHONY: demo test test-slow test-all zoo lint format docs setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make test       the tests (minutes)'
 	@echo 'make test-slow  the long ones as well'
 	@echo 'make test-all   every tiny config on three seeds (an hour)'
+	@echo "make zoo        every detector of mmdet's zoo, two steps (an hour)"
 	@echo 'make lint       ruff, as the commit hook runs it'
 	@echo 'make docs       the generated pages and tables'
 	@echo 'make clean      removes $(VENV) and what the demo made'
@@ -63,6 +64,9 @@ test-slow: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python tools/test_all.py --jobs $(JOBS)
+
+zoo: $(READY)
+	$(BIN)/python tools/check_zoo.py --jobs $(JOBS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -58,6 +58,7 @@ class Plan:
         rows: Of the table: term, tap of the student and of the teacher,
             stride in input pixels, channels of both, adapter, loss.
         notes: What else to know, in sentences.
+        pair: What the two detectors have in common.
     """
 
     config: Config = field(repr=False)
@@ -65,6 +66,7 @@ class Plan:
     method: str
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    pair: Pair = field(repr=False)
 
     def __str__(self) -> str:
         teacher = self.config.model.teachers[TEACHER]
@@ -196,7 +198,8 @@ def plan(
             terms = recipe(method, pair, share)
             config = _distilling(student, settings, terms)
             # Detectors write into the config that they are built from.
-            model = MODELS.build(copy.deepcopy(config.model)).eval()
+            model = MODELS.build(copy.deepcopy(config.model))
+            model.eval()
             _check_classes(model, pair)
         except (ValueError, RuntimeError) as error:
             raise ValueError(
@@ -218,7 +221,7 @@ def plan(
                 'The heads say nothing that could be compared cell by cell. '
                 '--method predicted trains on what the teacher detects.'
             )
-    return Plan(config, source, method, tuple(rows), tuple(notes))
+    return Plan(config, source, method, tuple(rows), tuple(notes), pair)
 
 
 def fitting(
@@ -237,6 +240,7 @@ def fitting(
         By the name of each method, None or what its error says.
     """
     found: dict[str, str | None] = {}
+    seen: dict = {}
     plain = dict(teacher, inherit=False)
     with preserved():
         model = MODELS.build(
@@ -246,7 +250,7 @@ def fitting(
             model.teachers[TEACHER].inherit = inherits(method)
             try:
                 model.teachers[TEACHER].check_heirlooms(model)
-                model.take(recipe(method, pair))
+                model.take(recipe(method, pair), seen)
                 _check_classes(model, pair)
             except (ValueError, RuntimeError) as error:
                 found[method] = str(error)

@@ -17,7 +17,12 @@ from typing import Any
 
 import torch
 from mmcv.cnn import ConvModule
-from mmdet.models.dense_heads import CenterNetHead, TOODHead, YOLOV3Head
+from mmdet.models.dense_heads import (
+    CenterNetHead,
+    GuidedAnchorHead,
+    TOODHead,
+    YOLOV3Head,
+)
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
@@ -34,8 +39,9 @@ from mmkd.terms.queries import DECODER, asks
 from mmkd.terms.query_matching import same_form
 
 #: Heads whose first output is not a logit an anchor and class: probabilities,
-#: or boxes and classes in one map.
-NO_LOGITS = (CenterNetHead, TOODHead, YOLOV3Head)
+#: boxes and classes in one map; or those that, when they are not trained, see
+#: one image at a time and some of its cells.
+NO_LOGITS = (CenterNetHead, GuidedAnchorHead, TOODHead, YOLOV3Head)
 
 #: What a user gets who names no method.
 DEFAULT = 'default'
@@ -250,11 +256,11 @@ def look(
     """
     init_default_scope('mmdet')
     models = [student_config(one['model']) for one in (student, teacher)]
-    tap = 'neck' if all('neck' in one for one in models) else 'backbone'
+    tap = 'neck' if all(one.get('neck') for one in models) else 'backbone'
     with preserved():
-        detectors = [
-            DETECTORS.build(without_init(model)).eval() for model in models
-        ]
+        detectors = [DETECTORS.build(without_init(one)) for one in models]
+        for detector in detectors:
+            detector.eval()  # of some detectors it returns nothing
         own, other = _shapes(detectors, tap)
     levels = []
     for index, (channels, stride, scores) in enumerate(own):
@@ -405,10 +411,25 @@ def _seen(detector: nn.Module, tap: str, size: int) -> list[Shape]:
         head = detector.bbox_head
         if len(found) == len(maps) and not isinstance(head, NO_LOGITS):
             scores = tuple(tuple(one.shape) for one in found)
+    strides = [round(size / one.shape[-1]) for one in maps]
+    if dense and tap == 'neck':
+        strides = _stated(detector.bbox_head, strides)
     return [
-        (one.shape[1], round(size / one.shape[-1]), score)
-        for one, score in zip(maps, scores)
+        (one.shape[1], stride, score)
+        for one, stride, score in zip(maps, strides, scores)
     ]
+
+
+def _stated(head: nn.Module, seen: list[int]) -> list[int]:
+    """Strides that a head states, where it does; else those seen.
+
+    A map of one or two cells does not tell: SSD's last strides are 100 and
+    300 for one size of images, 128 and 256 for another.
+    """
+    stated = getattr(getattr(head, 'prior_generator', None), 'strides', ())
+    if len(stated) != len(seen):
+        return seen
+    return [max(one) if isinstance(one, tuple) else one for one in stated]
 
 
 # ------------------------------------------------------------------ methods
@@ -739,8 +760,14 @@ def icd(pair: Pair) -> Terms:
 def _classes(model: Mapping) -> int:
     """Classes that a student tells apart, by its config."""
     parts = model.get('roi_head', model)
-    head = parts.get('bbox_head') or parts['mask_head']
+    head = parts.get('bbox_head') or parts.get('mask_head') or {}
     head = head[0] if isinstance(head, (list, tuple)) else head
+    if 'num_classes' not in head:
+        raise ValueError(
+            f'icd asks the teacher for objects by their classes, but '
+            f'{model["type"]} tells none apart. Choose another method, for '
+            f'instance pkd.'
+        )
     return head['num_classes']
 
 

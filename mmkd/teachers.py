@@ -113,7 +113,8 @@ class Teacher:
         self.names: tuple[str | None, ...] | None = None
         self.shared: tuple[int, ...] | None = None
         self.detector: nn.Module = self._built(classes)
-        self.detector.eval().requires_grad_(False)
+        self.detector.eval()  # of some detectors it returns nothing
+        self.detector.requires_grad_(False)
         self.pixels = Pixels.of(self.detector, f'Teacher {name!r}')
         self.memory: Memory | None = None
         if cache:
@@ -207,6 +208,8 @@ class Teacher:
         checkpoint = read_checkpoint(self.checkpoint)
         state = state_dict_of(checkpoint, prefer_ema=self.ema)
         for key in [key for key in state if key.startswith(TERM_PREFIX)]:
+            del state[key]
+        for key in _second_names(state, self.detector.state_dict()):
             del state[key]
         self.classes = classes_of(checkpoint)
         if self.names is None:
@@ -451,6 +454,29 @@ class Teacher:
                 f'inherit=False.'
             )
         return parts
+
+
+def _second_names(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> list[str]:
+    """Keys of a file under which a part stands for the second time.
+
+    Some detectors, such as DDQ, hand a part of their head to another module
+    while they are trained; their checkpoints have its weights twice.
+    """
+    parts: dict[str, list[str]] = {}
+    for key in own:
+        parts.setdefault(key.partition('.')[2], []).append(key)
+    return [
+        key
+        for key, value in state.items()
+        if key not in own
+        and any(
+            torch.equal(value, state[other])
+            for other in parts.get(key.partition('.')[2], ())
+            if other in state
+        )
+    ]
 
 
 def _fits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:

@@ -12,6 +12,7 @@ from mmengine.registry import init_default_scope
 
 from mmkd.cli import main
 from mmkd.configs import read_config, student_config
+from mmkd.distillers.distiller import Distilling
 from mmkd.plan import fitting, plan, published_weights, written
 from mmkd.recipes import RECIPES, look, recipe
 from mmkd.registry import DETECTORS, MODELS
@@ -184,6 +185,37 @@ def test_what_does_not_fit_says_why(fits, method):
 def test_methods_on_features_fit_unlike_heads(fits):
     on_features = {'mimic', 'at', 'cwd', 'pkd', 'fgd', 'mgd', 'rkd', 'default'}
     assert not [name for name in on_features if fits[name]]
+
+
+def test_each_tap_is_seen_once_and_nothing_else_changes(fits, monkeypatch):
+    """Most methods look at the same maps."""
+    student = Config(dict(model=tiny.faster_rcnn()))
+    teacher = dict(config=dict(model=tiny.retinanet(**WIDE)))
+    pair = look(student, Config(teacher['config']), 'teacher')
+    seen = []
+    plain = Distilling.dry_step
+
+    def counted(self, images, samples):
+        seen.append(tuple(self._student_paths(list(self.terms))))
+        return plain(self, images, samples)
+
+    monkeypatch.setattr(Distilling, 'dry_step', counted)
+    assert fitting(student, teacher, pair) == fits
+    # When it is built, and once for each other set of taps.
+    assert len(seen[1:]) == len(set(seen[1:])) < 6
+    fitted = [name for name, why in fits.items() if why is None]
+    assert len(fitted) > 15
+
+
+def test_a_detector_that_is_given_proposals_can_be_planned(files):
+    fast = tiny.faster_rcnn()
+    del fast['rpn_head']
+    fast.type = 'FastRCNN'
+    del fast.train_cfg['rpn'], fast.train_cfg['rpn_proposal']
+    del fast.test_cfg['rpn']
+    found = plan(*files(fast))
+    assert found.pair.tap == 'neck'
+    assert any('a step is' in one for one in found.notes)
 
 
 def test_what_fits_can_be_built(fits, tmp_path):

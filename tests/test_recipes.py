@@ -1,15 +1,27 @@
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import detrs
 import heads
 import pytest
 import tiny
+import torch
 from asking import distilled
+from mmcv.ops import MaskedConv2d
+from mmdet.models import RetinaNet
+from mmdet.models.dense_heads import GARetinaHead
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmkd.recipes import DEFAULT, RECIPES, look, recipe
+from mmkd.recipes import (
+    DEFAULT,
+    NO_LOGITS,
+    RECIPES,
+    _stated,
+    look,
+    recipe,
+)
 from mmkd.registry import MODELS
 
 #: Methods for detectors of queries alone.
@@ -84,7 +96,6 @@ def test_scores_that_are_no_logits_are_not_compared():
 
 
 def test_a_look_leaves_the_random_state_as_it_was(pair):
-    import torch
 
     torch.manual_seed(3)
     expected = torch.rand(2)
@@ -92,6 +103,60 @@ def test_a_look_leaves_the_random_state_as_it_was(pair):
     model = dict(model=tiny.retinanet())
     look(model, model)
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_neck_that_is_said_not_to_be_there_is_not_tapped():
+    """CornerNet's config says ``neck=None``."""
+    model = tiny.retinanet(channels=32)
+    model.backbone.out_indices = (3,)
+    model.neck = None
+    model.bbox_head.in_channels = model.bbox_head.feat_channels = (
+        8 * model.backbone.base_channels
+    )
+    model.bbox_head.anchor_generator.strides = [32]
+    pair = look(dict(model=model), dict(model=tiny.retinanet()))
+    assert pair.tap == 'backbone'
+    assert [one.stride for one in pair.levels] == [32]
+
+
+def test_strides_are_those_that_a_head_states():
+    """Of a map of two cells nobody sees whether they are 100 or 128 wide."""
+    head = SimpleNamespace(
+        prior_generator=SimpleNamespace(strides=[(64, 64), (100, 100)])
+    )
+    assert _stated(head, [64, 128]) == [64, 100]
+    assert _stated(head, [64, 128, 128]) == [64, 128, 128]
+    assert _stated(SimpleNamespace(), [64, 128]) == [64, 128]
+
+
+def test_a_detector_whose_eval_returns_nothing_is_looked_at(monkeypatch):
+    """mmdet's own distillers are such."""
+    model = dict(model=tiny.retinanet())
+    expected = look(model, model)
+    monkeypatch.setattr(RetinaNet, 'eval', _silent_eval)
+    assert look(model, model) == expected
+
+
+def _silent_eval(self):
+    self.train(False)
+
+
+def test_a_teacher_that_sees_one_image_at_a_time_gives_no_scores():
+    """Guided anchors mask their convolutions, of one image, in eval mode."""
+    mask = torch.ones(1, 4, 4, dtype=torch.bool)
+    layer = MaskedConv2d(2, 2, 3, padding=1)
+    assert layer(torch.rand(1, 2, 4, 4), mask).shape == (1, 2, 4, 4)
+    with pytest.raises(AssertionError):
+        layer(torch.rand(2, 2, 4, 4), mask)
+    assert issubclass(GARetinaHead, NO_LOGITS)
+
+
+def test_icd_needs_classes():
+    rpn = dict(tiny.faster_rcnn(), type='RPN')
+    del rpn['roi_head']
+    pair = look(dict(model=tiny.faster_rcnn()), dict(model=tiny.retinanet()))
+    with pytest.raises(ValueError, match='RPN tells none apart'):
+        recipe('icd', replace(pair, student=rpn))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import mmengine.runner.checkpoint
 import pytest
 import tiny
 import torch
+from mmdet.models import RetinaNet
 from mmengine.config import Config
 
 from mmkd.compat.checkpoint import CheckpointError
@@ -47,7 +48,29 @@ def save(tmp_path):
     return save
 
 
+def test_a_detector_whose_eval_returns_nothing_may_teach(monkeypatch):
+    """mmdet's own distillers are such."""
+    monkeypatch.setattr(
+        RetinaNet, 'eval', lambda self: self.train(False) and 0
+    )
+    one = teacher()
+    assert not one.detector.training
+    assert not any(x.requires_grad for x in one.detector.parameters())
+
+
 # Files as users have them ----------------------------------------------------
+
+
+def test_a_part_that_stands_twice_in_a_file_is_taken_once(save, weights):
+    """DDQ's decoder is handed a part of its head when it is first trained."""
+    twice = dict(weights)
+    for name in ('weight', 'bias'):
+        value = weights[f'bbox_head.retina_cls.{name}']
+        twice[f'decoder.retina_cls.{name}'] = value.clone()
+    assert_equal(loaded_weights(save(twice)), weights)
+    twice['decoder.retina_cls.bias'][0] += 1
+    with pytest.raises(ValueError, match=r'1 are left over \(decoder.retina'):
+        loaded_weights(save(twice))
 
 
 def test_a_file_of_mmdet_3(save, weights):

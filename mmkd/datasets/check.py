@@ -111,11 +111,14 @@ def _check_one(config: Mapping, where: str, training: bool) -> Report:
 def named_classes(kind: type[BaseDataset], config: Mapping) -> tuple | None:
     """Class names that a dataset's config or its type says.
 
+    None where neither does; a set that joins others has none of its own.
+
     Raises:
         ValueError: If a single class is written as a string.
     """
     metainfo = config.get('metainfo') or {}
-    classes = metainfo.get('classes', kind.METAINFO.get('classes'))
+    known = getattr(kind, 'METAINFO', {})
+    classes = metainfo.get('classes', known.get('classes'))
     if classes is None:
         return None
     if isinstance(classes, str):

@@ -158,11 +158,14 @@ class Distilling:
         self.phases.check(self)
         self.teachers.mention_missing_files()
 
-    def take(self, terms: Mapping) -> Step | None:
+    def take(
+        self, terms: Mapping, seen: dict[tuple, Any] | None = None
+    ) -> Step | None:
         """Build terms in place of those that were, and check them.
 
         Args:
             terms: Configs of the terms by name.
+            seen: Where steps are kept for the next terms that tap the same.
 
         Returns:
             The step that they were checked on, see :meth:`check_pair`.
@@ -182,7 +185,7 @@ class Distilling:
             if term.compares_classes():
                 for teacher in term.teacher_names:
                     _check_count(name, term, self, self.teachers[teacher])
-        return self.check_pair()
+        return self.check_pair(seen)
 
     def init_weights(self) -> None:
         """Initialise the student, load the teachers, inherit; terms begin."""
@@ -305,8 +308,12 @@ class Distilling:
             },
         )
 
-    def check_pair(self) -> Step | None:
+    def check_pair(self, seen: dict[tuple, Any] | None = None) -> Step | None:
         """Show both sides one small image and let every term look at it.
+
+        Args:
+            seen: Steps by what was tapped in them, as long as neither side
+                changes; the step is taken from there, or added.
 
         Returns:
             That step, whose student and teachers are recorded; None, after a
@@ -315,11 +322,14 @@ class Distilling:
         Raises:
             ValueError: If levels, channels or sizes do not fit a term.
         """
-        for size in CHECK_SIZES:
-            images = torch.rand(1, 3, size, size)
-            step, broken = self.dry_step(images, [example_sample(size)])
-            if broken is None:
-                break
+        tapped = (
+            *self._student_paths(list(self.terms)),
+            *(tuple(one.paths) for one in self.teachers.values()),
+        )
+        seen = {} if seen is None else seen
+        if tapped not in seen:
+            seen[tapped] = self._small_step()
+        step, broken = seen[tapped]
         if broken is not None:
             print_log(
                 f'{type(self).__name__}: levels and channels could not be '
@@ -336,6 +346,15 @@ class Distilling:
                 if term.checkable(step):
                     term(step)
         return step
+
+    def _small_step(self) -> tuple[Step | None, Exception | None]:
+        """On the first size that both detectors take."""
+        for size in CHECK_SIZES:
+            images = torch.rand(1, 3, size, size)
+            step, broken = self.dry_step(images, [example_sample(size)])
+            if broken is None:
+                break
+        return step, broken
 
     def dry_step(
         self, images: Tensor, samples: SampleList
@@ -488,7 +507,10 @@ def _modes_kept(module: nn.Module) -> Iterator[None]:
 
 
 def example_sample(side: int) -> DetDataSample:
-    """A sample of one box, for an image of so many pixels in both ways."""
+    """A sample of one box, for an image of so many pixels in both ways.
+
+    The box is its only proposal, of a detector that is given them.
+    """
     size = (side, side)
     sample = DetDataSample(
         metainfo=dict(
@@ -505,6 +527,7 @@ def example_sample(side: int) -> DetDataSample:
     sample.gt_instances = InstanceData(
         bboxes=box, labels=torch.zeros(1, dtype=torch.long)
     )
+    sample.proposals = InstanceData(bboxes=box, scores=torch.ones(1))
     return sample
 
 

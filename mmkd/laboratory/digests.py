@@ -36,14 +36,18 @@ def code_digest(settings: Config) -> str:
     return _digest(f'{file} {one}' for file, one in sources(settings).items())
 
 
-def sources(settings: Config) -> dict[str, str]:
+def sources(settings: Config, more: Iterable[str] = ()) -> dict[str, str]:
     """The modules behind :func:`code_digest`, each with a digest of its own.
+
+    Args:
+        settings: A training config.
+        more: Further modules that are run, by their dotted names below mmkd.
 
     Returns:
         Digests by path below the package.
     """
     files = {_file_of(kind) for kind in _types(settings.to_dict())} - {None}
-    roots = TRAINING
+    roots = (*TRAINING, *more)
     if settings.model.get('terms') is not None:
         roots += DISTILLING
     for name in roots:

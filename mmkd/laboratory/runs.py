@@ -286,7 +286,7 @@ def carry_out(
     running: list[Run] = []
     shown = begin
     live = sys.stdout.isatty()
-    before = _listen()
+    before = listen()
     try:
         while True:
             over = budget is not None and time.time() - begin > budget
@@ -312,7 +312,7 @@ def carry_out(
             signal.signal(number, handler)
 
 
-def _listen() -> dict[int, Any]:
+def listen() -> dict[int, Any]:
     """Let both signals that end a program end the trainings, too.
 
     A command in a script's background would not hear Ctrl-C's, and one that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -526,8 +527,26 @@ def _check_logits(head: nn.Module, side: str) -> None:
         )
 
 
+def _takes_boxes(head: nn.Module) -> bool:
+    """Whether a head assigns boxes to anchors or points by these alone."""
+    if not hasattr(head, 'get_targets'):
+        return False
+    needs = {
+        name
+        for name, one in signature(head.get_targets).parameters.items()
+        if one.default is one.empty
+    }
+    return needs <= {
+        'anchor_list',
+        'valid_flag_list',
+        'points',
+        'batch_gt_instances',
+        'batch_img_metas',
+    }
+
+
 def _check_assigns(head: nn.Module) -> None:
-    if isinstance(head, ASSIGN_OTHERWISE) or not hasattr(head, 'get_targets'):
+    if isinstance(head, ASSIGN_OTHERWISE) or not _takes_boxes(head):
         raise ValueError(
             f'InstanceTerm lets the student assign the instances, and '
             f'{type(head).__name__} has no get_targets that needs boxes '

@@ -676,6 +676,69 @@ def test_modulated_deform_conv_has_the_right_gradient(device, geometry, bias):
     )
 
 
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_an_offset_that_is_no_number_points_to_nothing(device, value):
+    """As after an overflow; read as a place, it ends the whole process."""
+    x, weight = torch.rand(1, 1, 3, 3), torch.rand(1, 1, 1, 1)
+    offset = torch.zeros(1, 2, 3, 3)
+    offset[0, 0, 1, 2] = value
+    found = mmcv_ops.deform_conv2d(
+        x.to(device), offset.to(device), weight.to(device)
+    ).cpu()
+    expected = weight[0, 0, 0, 0] * x
+    expected[0, 0, 1, 2] = 0
+    torch.testing.assert_close(found, expected)
+
+
+def larger_operands(device, dtype=torch.float):
+    """Of a map of 4 x 3, moved by offsets of one of 8 x 6, as in DyHead."""
+    torch.manual_seed(5)
+    return [
+        one.to(device, dtype)
+        for one in (
+            torch.randn(2, 2, 4, 3),
+            torch.randn(2, 18, 8, 6),
+            torch.rand(2, 9, 8, 6),
+            torch.randn(3, 2, 3, 3),
+        )
+    ]
+
+
+def test_larger_offsets_are_read_from_their_beginning(device):
+    """mmcv's kernels step through them as if they were of the output's size:
+    number 12 k + 3 i + j of an image belongs to channel k, row i, column j."""
+    x, offset, mask, weight = larger_operands(device)
+    found = mmcv_ops.modulated_deform_conv2d(
+        x, offset, mask, weight, None, 1, 1, 1, 1, 1
+    )
+    expected = torch.zeros_like(found)
+    for n, o, i, j in itertools.product(*map(range, found.shape)):
+        moves, factors = offset[n].flatten(), mask[n].flatten()
+        for c, a, b in itertools.product(range(2), range(3), range(3)):
+            tap, cell = 3 * a + b, 3 * i + j
+            y = i - 1 + a + float(moves[12 * 2 * tap + cell])
+            z = j - 1 + b + float(moves[12 * (2 * tap + 1) + cell])
+            value = zero_bilinear(x[n, c], y, z) * factors[12 * tap + cell]
+            expected[n, o, i, j] += weight[o, c, a, b] * value
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_larger_offsets_have_the_right_gradient(device):
+    """Of what is not read it is 0."""
+    tensors = larger_operands(device, torch.double)
+    tensors = [one.requires_grad_() for one in tensors]
+
+    def run(*operands):
+        return mmcv_ops.modulated_deform_conv2d(*operands, None, 1, 1, 1, 1, 1)
+
+    gradcheck(run, tensors, fast_mode=True)
+    run(*tensors).sum().backward()
+    for one, channels in zip(tensors[1:3], (18, 9)):
+        gradient = one.grad.flatten(1)
+        assert gradient[:, : channels * 12].abs().sum() > 0
+        assert gradient[:, channels * 12 :].abs().max() == 0
+
+
 def test_deform_conv_derives_once_for_input_and_weight(monkeypatch):
     calls = []
     derive = ext.convolution._derive

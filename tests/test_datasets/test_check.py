@@ -3,11 +3,11 @@ import json
 import numpy as np
 import pytest
 import runs
-from mmdet.datasets import CocoDataset
+from mmdet.datasets import CocoDataset, ConcatDataset
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-from mmkd.datasets.check import check_dataset, is_whole
+from mmkd.datasets.check import check_dataset, is_whole, named_classes
 
 
 @pytest.fixture
@@ -260,3 +260,16 @@ def test_another_size_than_annotated_is_a_warning(folder):
 def test_data_that_is_not_on_this_disk_is_left_to_its_reader(folder):
     assert check(folder, data_root='s3://bucket/').images == 0
     assert check(folder, backend_args=dict(backend='petrel')).images == 0
+
+
+def test_classes_are_those_of_the_config_or_of_the_type():
+    assert named_classes(CocoDataset, {})[:2] == ('person', 'bicycle')
+    metainfo = dict(classes=('disc', 'bar'))
+    assert named_classes(CocoDataset, dict(metainfo=metainfo)) == (
+        'disc',
+        'bar',
+    )
+
+
+def test_joined_sets_have_no_classes_of_their_own():
+    assert named_classes(ConcatDataset, dict(datasets=[])) is None

@@ -552,6 +552,17 @@ def test_heads_whose_assignment_reads_predictions_are_refused(build, kind):
     build(kind, teacher=teacher, student=student, **nothing)
 
 
+def test_a_head_whose_assignment_asks_for_more_than_boxes_is_refused():
+    """YOLOF's asks for its scores and boxes as well."""
+    from mmdet.models.dense_heads import GFLHead, YOLOFHead
+
+    from mmkd.terms.instances import _takes_boxes
+
+    assert not _takes_boxes(YOLOFHead.__new__(YOLOFHead))
+    assert _takes_boxes(GFLHead.__new__(GFLHead))
+    assert not _takes_boxes(torch.nn.Linear(1, 1))
+
+
 def test_a_head_that_gives_probabilities_is_refused(build):
     student, teacher = families.tood(), families.tood()
     with pytest.raises(ValueError, match=r"student's TOODHead gives prob"):

@@ -16,6 +16,9 @@ from .common import wide
 # gradient they came from, until mmcv asks for them.
 _ready = WeakTensorKeyDictionary()
 
+#: An offset to where no map is, pixels.
+OUTSIDE = 1e6
+
 
 @torch.no_grad()
 def deform_conv_forward(
@@ -169,7 +172,10 @@ def modulated_deform_conv_forward(
         bias: (O,), read if ``with_bias``.
         ones: Scratch, not used.
         offset: ``y x`` of each tap, (N, 2 * deformable_group * taps, H', W').
-        mask: Factor of each tap, (N, deformable_group * taps, H', W').
+            Of a larger map the first numbers of each image are read, as
+            mmcv's kernels do; DyHead gives one.
+        mask: Factor of each tap, (N, deformable_group * taps, H', W'), or of
+            a larger map likewise.
         output: Buffer for the result, (N, O, H', W').
         columns: Scratch, not used.
         kernel_h: Height of the kernel.
@@ -191,6 +197,7 @@ def modulated_deform_conv_forward(
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
     geometry += (group, deformable_group)
     bias = bias if with_bias else None
+    offset, mask = (_first(one, output) for one in (offset, mask))
     output.copy_(_convolve(input, weight, offset, mask, bias, geometry))
 
 
@@ -228,15 +235,16 @@ def modulated_deform_conv_backward(
         grad_output,
         input,
         weight,
-        offset,
-        mask,
+        _first(offset, grad_output),
+        _first(mask, grad_output),
         bias if with_bias else None,
         geometry,
     )
     grad_input.add_(by_input)
     grad_weight.add_(by_weight)
-    grad_offset.add_(by_offset)
-    grad_mask.add_(by_mask)
+    for buffer, found in ((grad_offset, by_offset), (grad_mask, by_mask)):
+        found = found.flatten(1)
+        buffer.view(len(buffer), -1)[:, : found.size(1)].add_(found)
     if with_bias:
         grad_bias.add_(by_bias)
 
@@ -286,6 +294,15 @@ def masked_col2im_forward(
     im[0, :, mask_h_idx, mask_w_idx] = col.to(im.dtype)
 
 
+def _first(maps: Tensor, output: Tensor) -> Tensor:
+    """The first numbers of each image, as maps of the output's size."""
+    size = output.shape[-2:]
+    if maps.shape[-2:] == size:
+        return maps
+    count = maps.size(1) * size.numel()
+    return maps.flatten(1)[:, :count].view(len(maps), -1, *size)
+
+
 def _convolve(
     input: Tensor,
     weight: Tensor,
@@ -329,7 +346,10 @@ def _operands(
         mask = input.new_zeros((input.size(0), 1))
     if bias is None:
         bias = input.new_zeros(weight.size(0))
-    return wide(input, weight, offset, mask, bias)
+    input, weight, offset, mask, bias = wide(input, weight, offset, mask, bias)
+    # torchvision looks where an offset that is no number points to, and reads
+    # memory that is not its own; mmcv's kernels find nothing there.
+    return input, weight, offset.nan_to_num(nan=OUTSIDE), mask, bias
 
 
 def _version(*tensors: Tensor) -> tuple[Any, ...]:
