@@ -35,7 +35,7 @@ from mmkd.registry import DETECTORS
 from mmkd.taps import Record, maps_of, recording
 from mmkd.teachers import run_detector, without_init
 from mmkd.terms.d3etr import CROSS, SELF, has_maps
-from mmkd.terms.queries import DECODER, asks
+from mmkd.terms.queries import DECODER, HEAD, asks
 from mmkd.terms.query_matching import same_form
 
 #: Heads whose first output is not a logit an anchor and class: probabilities,
@@ -397,7 +397,8 @@ def _shapes(
 
 def _seen(detector: nn.Module, tap: str, size: int) -> list[Shape]:
     images = torch.rand(1, 3, size, size)
-    dense = getattr(detector, 'bbox_head', None) is not None
+    # What queries answer is no map, though it may have as many axes.
+    dense = getattr(detector, HEAD, None) is not None and not asks(detector)
     paths = [tap, 'bbox_head'] if dense else [tap]
     with torch.no_grad(), recording(detector, paths, stop=True) as record:
         run_detector(detector, images, [example_sample(size)])
@@ -902,12 +903,19 @@ def inherit(pair: Pair) -> Terms:
 
 @_method
 def default(pair: Pair) -> Terms:
-    """A feature and, where heads agree, a response term, by gradient."""
+    """A feature and, where heads or queries can be compared, a response term,
+    weighed by gradient.
+    """
     terms = pkd(pair)
     share = dict(pkd=1.0)
     if any(level.scores for level in pair.levels):
         terms |= cwd_scores(pair)
         share |= dict(cwd_scores=0.5)
+    elif pair.queries is not None and pair.comparable:
+        (answers,) = detrdistill(pair).values()
+        answers |= dict(channels=None, feature_weight=0.0, prior_weight=0.0)
+        terms |= dict(answers=answers)
+        share |= dict(answers=0.5)
     return dict(
         default=dict(type='mmkd.BalancedTerm', terms=terms, share=share)
     )

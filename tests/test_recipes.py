@@ -409,6 +409,30 @@ def test_detectors_without_queries_are_not_asked(pair, method):
         recipe(method, pair)
 
 
+@pytest.mark.parametrize('kinds', [('dab', 'dab'), ('detr', 'deformable')])
+def test_queries_are_never_compared_by_their_number(kinds):
+    """DAB-DETR's scores have four axes, and are no map for all that."""
+    models = [dict(model=detrs.detr(kind)) for kind in kinds]
+    pair = look(*models, 'big')
+    assert not any(level.scores for level in pair.levels)
+    with pytest.raises(ValueError, match='cwd_scores|scores'):
+        recipe('cwd_scores', pair)
+    (term,) = recipe(DEFAULT, pair).values()
+    assert set(term['terms']) == {'pkd', 'answers'}
+    by_index = dict(
+        type='mmkd.FeatureTerm',
+        teacher='big',
+        tap='bbox_head',
+        output=0,
+        loss=dict(type='mmkd.CWDLoss'),
+    )
+    big = dict(config=models[1])
+    with pytest.raises(ValueError, match='nothing in common'):
+        MODELS.build(
+            tiny.distilled(models[0]['model'], dict(big=big), dict(x=by_index))
+        )
+
+
 def test_memories_teach_what_other_classes_allow():
     model = dict(model=detrs.detr('dab'))
     pair = replace(look(model, model), comparable=False)

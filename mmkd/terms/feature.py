@@ -17,6 +17,7 @@ from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Outputs, Step
 from mmkd.taps import crop, maps_of, pick_levels, resolve
 from mmkd.terms.classifier import classifier_weight, readers
+from mmkd.terms.queries import HEAD, asks
 from mmkd.terms.term import Term
 
 if TYPE_CHECKING:
@@ -120,8 +121,11 @@ class FeatureTerm(Term):
     ) -> None:
         check_name('The distiller', 'teacher', self.teacher, teachers)
         for path in self.taps:
+            _refuse_queries(student, path, 'student')
             self.tap(student, path)
         for path in self.teacher_taps:
+            detector = teachers[self.teacher].detector
+            _refuse_queries(detector, path, 'teacher')
             teachers[self.teacher].tap(path)
         self.teacher_names = [self.teacher]
         self._scores = self._dense(student, teachers[self.teacher])
@@ -311,6 +315,16 @@ class Scores(NamedTuple):
     def labels(self, gt: GroundTruth) -> GroundTruth:
         """Annotations by the classes that are compared."""
         return gt if self.shared is None else gt.of_classes(self.shared)
+
+
+def _refuse_queries(detector: nn.Module, path: str, side: str) -> None:
+    if path.split('.')[0] == HEAD and asks(detector):
+        raise ValueError(
+            f'The {side}, {type(detector).__name__}, answers query by query '
+            f'at {path!r}, and query i of one detector has nothing in common '
+            f'with query i of another. Choose a term that pairs queries, for '
+            f'instance mmkd.DETRDistillTerm, or tap the neck.'
+        )
 
 
 def _paths(tap: str | Sequence[str]) -> tuple[str, ...]:
