@@ -26,6 +26,7 @@ class CLoCKMemoryLoss(nn.Module):
     Args:
         foreground_weight: :math:`\alpha`.
         background_weight: :math:`\beta`.
+        loss_weight: Factor of both.
 
     Returns:
         ``foreground`` and ``background``, in float32.
@@ -49,8 +50,10 @@ class CLoCKMemoryLoss(nn.Module):
         self,
         foreground_weight: float = 1e-3,
         background_weight: float = 5e-4,
+        loss_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        self.loss_weight = loss_weight
         self.foreground_weight = foreground_weight
         self.background_weight = background_weight
 
@@ -65,10 +68,12 @@ class CLoCKMemoryLoss(nn.Module):
         inside = foreground_mask(gt, size)
         beside = background_mask(gt, size, foreground=inside)
         return dict(
-            foreground=self.foreground_weight
+            foreground=self.loss_weight
+            * self.foreground_weight
             * (inside * error).sum()
             / len(error),
-            background=self.background_weight
+            background=self.loss_weight
+            * self.background_weight
             * (beside * error).sum()
             / len(error),
         )

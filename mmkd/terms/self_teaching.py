@@ -135,7 +135,13 @@ class SelfTerm(GroupTerm):
 
 
 class _Average:
-    """The average, as terms see a teacher while they are bound."""
+    """The average, as terms see a teacher while they are bound.
+
+    It remembers nothing, has the student's classes, and is shown its images.
+    """
+
+    memory = shared = names = None
+    sham = False
 
     def __init__(self, name: str, detector: nn.Module) -> None:
         self.name, self.detector = name, detector

@@ -1,6 +1,4 @@
-"""CLoCKDistill: a tiny Deformable DETR learns memory and queries of objects
-from one with a wider backbone.
-"""
+"""CLoCKDistill: a tiny Deformable DETR learns what is asked about objects."""
 
 _base_ = '../../_base_/tiny/deformable_detr.py'
 
