@@ -106,12 +106,18 @@ def uninterrupted(data, tmp_path_factory):
         ('epochs', 'iter_4'),
         ('epochs, two workers', 'epoch_1'),
         ('epochs, two workers', 'iter_2'),
-        ('epochs, lasting workers', 'epoch_1'),
+        pytest.param(
+            *('epochs, lasting workers', 'epoch_1'), marks=pytest.mark.slow
+        ),
         ('epochs, lasting workers', 'iter_4'),
         ('iterations', 'iter_4'),
-        ('iterations, two workers', 'iter_4'),
+        pytest.param(
+            *('iterations, two workers', 'iter_4'), marks=pytest.mark.slow
+        ),
         ('iterations, finite passes', 'iter_2'),
-        ('iterations, finite passes', 'iter_3'),
+        pytest.param(
+            *('iterations, finite passes', 'iter_3'), marks=pytest.mark.slow
+        ),
         ('batches resized', 'iter_3'),
         ('batches resized', 'epoch_1'),
         ('gradients accumulated', 'iter_3'),

@@ -133,6 +133,7 @@ def test_a_module_is_tried_with_its_own_tests(tool):
     assert tool.contracts_of(ROOT / 'mmkd/ops/x.py', 'class A: pass') == []
 
 
+@pytest.mark.slow
 def test_what_is_excused_exists(tool):
     """A line that no mutant answers to would hide a later one."""
     lines = [
