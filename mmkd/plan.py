@@ -340,11 +340,11 @@ def _named_alike(
 ) -> _Names | None:
     """Class lists of data set and teacher, if they are known and differ."""
     if '://' in checkpoint:  # read when it is loaded; the config has to do
-        theirs = _classes_of_data(teacher)
+        theirs = classes_of_data(teacher)
     else:
         check_file(checkpoint, '--teacher-checkpoint')
         theirs = classes_of(read_checkpoint(checkpoint))
-    ours = _classes_of_data(student)
+    ours = classes_of_data(student)
     if not theirs or not ours or theirs == ours:
         return None
     return _Names(ours, theirs)
@@ -404,11 +404,12 @@ def _compares(model: nn.Module) -> bool:
     return any(term.compares_classes() for term in model.terms.values())
 
 
-def _classes_of_data(config: Config) -> tuple[str, ...] | None:
+def classes_of_data(config: Config) -> tuple[str, ...] | None:
+    """Names of the classes that a config's training set has, if it says."""
     dataset = (config.get('train_dataloader') or {}).get('dataset') or {}
     while 'dataset' in dataset:
         dataset = dataset['dataset']
-    kind = DATASETS.get(dataset.get('type', ''))
+    kind = DATASETS.get(dataset['type']) if 'type' in dataset else None
     return None if kind is None else named_classes(kind, dataset)
 
 

@@ -35,14 +35,11 @@ from typing import Any
 import mmdet
 import numpy as np
 import torch
-from mmdet.structures import DetDataSample
-from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
-from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmkd.analysis.cost import quiet
@@ -53,6 +50,7 @@ from mmkd.configs import read_config, student_config
 from mmkd.distillers.distiller import Distilling
 from mmkd.files import whole
 from mmkd.laboratory.pace import load_batches
+from mmkd.laboratory.samples import annotated
 from mmkd.randomness import preserved
 from mmkd.registry import MODELS
 from mmkd.schedules import Constant
@@ -119,8 +117,8 @@ class Timing:
         config: Its name.
         seconds: Of a step, by arm and block.
         terms: Of each term's forward and backward pass, by block.
-        memory: MiB by arm: at its peak on a GPU, saved for the backward pass
-            elsewhere.
+        memory: MiB by arm: on a GPU at the peak of a step, above what stays;
+            saved for the backward pass elsewhere.
         facts: What was run where.
     """
 
@@ -421,47 +419,17 @@ def synthetic(config: Config, settings: Settings) -> list[Any]:
                 [centre - extent / 2, centre + extent / 2], 1
             )
             boxes = boxes.clip(0, 1) * [width, height, width, height]
-            samples.append(
-                _sample(
-                    number,
-                    boxes,
-                    dice.integers(classes, size=count),
-                    height,
-                    width,
-                )
+            masks = np.zeros((count, height, width), np.uint8)
+            for mask, corners in zip(masks, boxes.astype(int)):
+                left, top, right, bottom = corners
+                mask[top:bottom, left:right] = 1
+            labels = dice.integers(classes, size=count)
+            samples.append(annotated(boxes, labels, masks))
+            samples[-1].set_metainfo(
+                dict(img_id=number, img_path=f'{number}.jpg')
             )
         batches.append(dict(inputs=inputs, data_samples=samples))
     return batches
-
-
-def _sample(
-    number: int, boxes: np.ndarray, labels: np.ndarray, height: int, width: int
-) -> DetDataSample:
-    size = (height, width)
-    sample = DetDataSample(
-        metainfo=dict(
-            img_id=number,
-            img_path=f'{number}.jpg',
-            img_shape=size,
-            ori_shape=size,
-            pad_shape=size,
-            scale_factor=(1.0, 1.0),
-            flip=False,
-            border=(0, height, 0, width),
-        )
-    )
-    masks = np.zeros((len(boxes), height, width), np.uint8)
-    for mask, (left, top, right, bottom) in zip(masks, boxes.astype(int)):
-        mask[top:bottom, left:right] = 1
-    sample.gt_instances = InstanceData(
-        bboxes=torch.from_numpy(boxes).float(),
-        labels=torch.from_numpy(labels).long(),
-        masks=BitmapMasks(masks, height, width),
-    )
-    sample.ignored_instances = InstanceData(
-        bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long)
-    )
-    return sample
 
 
 # --------------------------------------------------------------------- clock
@@ -494,10 +462,12 @@ class Clock:
 
 def _memory(arm: Arm, batch: Any, device: str) -> float:
     if device.startswith('cuda'):
+        # The other arms' weights are there as well.
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         arm(batch)
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / MIB
+        return (torch.cuda.max_memory_allocated() - before) / MIB
     return saved(arm, batch) / MIB
 
 
@@ -548,7 +518,7 @@ def _facts(
     model = arms['full'].model
     return dict(
         device=_device(settings.device),
-        memory='peak'
+        memory='peak above weights'
         if settings.device.startswith('cuda')
         else 'saved for backward',
         threads=settings.threads,

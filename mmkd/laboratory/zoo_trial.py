@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from mmcv.cnn import ConvAWS2d
 from mmdet.structures import DetDataSample
-from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
@@ -43,14 +42,14 @@ from torch import Tensor, nn
 
 from mmkd.classes import head_classes
 from mmkd.compat.checkpoint import TERM_PREFIX
-from mmkd.datasets.check import named_classes
 from mmkd.files import whole
 from mmkd.laboratory.digests import sources
 from mmkd.laboratory.results import versions
+from mmkd.laboratory.samples import annotated
 from mmkd.laboratory.zoo_pairs import Choice, choose, said, weightless, zoo
-from mmkd.plan import TEACHER, Plan, fitting, plan
+from mmkd.plan import TEACHER, Plan, classes_of_data, fitting, plan
 from mmkd.recipes import recipe
-from mmkd.registry import DATASETS, DETECTORS, MODELS
+from mmkd.registry import DETECTORS, MODELS
 
 #: Sides of the square batches that are tried, pixels: the first on which
 #: plain mmdet trains. The larger ones are for detectors that choose hundreds
@@ -261,8 +260,9 @@ class Trial:
             try:
                 return shown, self._train_with(config, shown, last)
             except _StepError as stopped:
-                hopeless = (NotImplementedError, ArithmeticError)
-                hopeless = isinstance(stopped.__cause__, hopeless)
+                # What larger pictures cannot mend.
+                final = (NotImplementedError, ArithmeticError)
+                hopeless = isinstance(stopped.__cause__, final)
                 built = self.record['steps']['build']['error'] is None
                 if last or hopeless or not built:
                     raise
@@ -452,19 +452,11 @@ def save_teacher(config: Config, student: Config, path: Path) -> None:
         path: The file.
     """
     meta = {}
-    classes = _classes_of_data(student)
+    classes = classes_of_data(student)
     if classes:
         meta = dict(dataset_meta=dict(classes=classes))
     state = _built(config, seed=1).state_dict()
     torch.save(dict(meta=meta, state_dict=state), path)
-
-
-def _classes_of_data(config: Config) -> tuple[str, ...] | None:
-    dataset = (config.get('train_dataloader') or {}).get('dataset') or {}
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
-    kind = DATASETS.get(dataset.get('type', ''))
-    return None if kind is None else named_classes(kind, dataset)
 
 
 # ---------------------------------------------------------------------- data
@@ -538,30 +530,9 @@ def picture(
         image[:, mask] = numbers.randint(120, 255, (3, 1))
         boxes.append([left, top, left + extent[1], top + extent[0]])
         masks.append(mask.astype(np.uint8))
-    labels = torch.from_numpy(numbers.randint(0, classes, len(boxes)))
-    size = (height, width)
-    sample = DetDataSample(
-        metainfo=dict(
-            ori_shape=size,
-            img_shape=size,
-            pad_shape=size,
-            scale_factor=(1.0, 1.0),
-            flip=False,
-            flip_direction=None,
-            border=(0, height, 0, width),
-        )
-    )
-    boxes = torch.tensor(boxes, dtype=torch.float32)
-    sample.gt_instances = InstanceData(
-        bboxes=boxes,
-        labels=labels.long(),
-        masks=BitmapMasks(np.stack(masks), height, width),
-    )
-    sample.ignored_instances = InstanceData(
-        bboxes=torch.zeros(0, 4),
-        labels=torch.zeros(0, dtype=torch.long),
-        masks=BitmapMasks(np.zeros((0, height, width)), height, width),
-    )
+    labels = numbers.randint(0, classes, len(boxes))
+    sample = annotated(boxes, labels, masks)
+    boxes = sample.gt_instances.bboxes
     # What Fast R-CNN reads from a file.
     shifts = torch.tensor(numbers.uniform(-4, 4, (REGIONS // 3, 3, 4)))
     shifted = boxes + shifts.float()
