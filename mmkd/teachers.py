@@ -624,6 +624,25 @@ def detections(
     return results
 
 
+@contextmanager
+def still_statistics(module: nn.Module) -> Iterator[None]:
+    """Let no batch normalisation remember what it sees."""
+    layers = [
+        one
+        for one in module.modules()
+        if getattr(one, 'running_mean', None) is not None
+    ]
+    kept = [(one, one.momentum, one.num_batches_tracked) for one in layers]
+    for one in layers:
+        one.momentum = 0.0
+        one.num_batches_tracked = one.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for one, momentum, count in kept:
+            one.momentum, one.num_batches_tracked = momentum, count
+
+
 def _of_size(sample: Any, size: tuple[int, int]) -> Any:
     if tuple(sample.metainfo.get('batch_input_shape', ())) == size:
         return sample

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Step
 from mmkd.structures.ground_truth import labelled
 from mmkd.taps import maps_of
-from mmkd.teachers import fed
+from mmkd.teachers import fed, still_statistics
 from mmkd.terms.balanced import detection_loss
 from mmkd.terms.term import Term
 
@@ -389,22 +388,3 @@ def object_masks(
         whole = valid_mask(gt, size, keep_ignored=True)
         masks = torch.cat([masks, whole], 1)
     return masks
-
-
-@contextmanager
-def still_statistics(module: nn.Module) -> Iterator[None]:
-    """Let no batch normalisation remember what it sees."""
-    layers = [
-        one
-        for one in module.modules()
-        if getattr(one, 'running_mean', None) is not None
-    ]
-    kept = [(one, one.momentum, one.num_batches_tracked) for one in layers]
-    for one in layers:
-        one.momentum = 0.0
-        one.num_batches_tracked = one.num_batches_tracked.clone()
-    try:
-        yield
-    finally:
-        for one, momentum, count in kept:
-            one.momentum, one.num_batches_tracked = momentum, count

@@ -16,9 +16,8 @@ from mmkd.checks import check_fraction, check_name
 from mmkd.registry import MODELS
 from mmkd.structures import Step
 from mmkd.structures.ground_truth import labelled
-from mmkd.teachers import detections, fed
+from mmkd.teachers import detections, fed, still_statistics
 from mmkd.terms.balanced import detection_loss
-from mmkd.terms.label_guided import still_statistics
 from mmkd.terms.term import Term
 
 if TYPE_CHECKING:
@@ -47,8 +46,8 @@ class PredictedBoxTerm(Term):
     classes says what is of the student's, by ``classes`` of the teacher. An
     image in which nothing is found is one without objects; boxes are cut off
     at its edges, and dropped where less than a pixel wide or high is left, as
-    annotations are. What is annotated
-    as ignored stays so, and images without labels are no exception.
+    annotations are. What is annotated as ignored stays so, and images without
+    labels are no exception.
 
     Batch normalisations in the student's heads do not remember the second
     pass; other state that a head keeps of its labels, as the counts of

@@ -12,6 +12,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from mmkd.structures import GroundTruth
+from mmkd.teachers import still_statistics
 from mmkd.terms.label_guided import (
     Instructor,
     LabelGuidedTerm,
@@ -19,7 +20,6 @@ from mmkd.terms.label_guided import (
     describe,
     instructed_distance,
     object_masks,
-    still_statistics,
 )
 
 BOXES = [
