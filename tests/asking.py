@@ -6,25 +6,18 @@ import copy
 
 import detrs
 import tiny
-from torch import nn
 
 from mmkd.structures import Step
 from mmkd.taps import recording
 from mmkd.teachers import run_detector
-from mmkd.terms.memory_maps import ENCODER, MAPS
-from mmkd.terms.queries import DECODER, HEAD
+from mmkd.terms.memory_maps import MAPS
+from mmkd.terms.queries import DECODER, ENCODER, HEAD
 
 PATHS = [ENCODER, MAPS, DECODER, HEAD]
 
 
 def detector(kind, seed=0, **settings):
-    model = tiny.build(detrs.detr(kind, **settings), seed).eval()
-    for one in model.modules():
-        if isinstance(one, nn.Dropout):
-            one.p = 0
-        if isinstance(one, nn.MultiheadAttention):
-            one.dropout = 0
-    return model
+    return detrs.built(kind, seed, **settings).eval()
 
 
 def recorded(model, images, samples):
@@ -51,10 +44,7 @@ def step_of(student, teacher, **batch):
 
 def permuted(model, order):
     """The same detector, whose queries stand in another order."""
-    model = copy.deepcopy(model)
-    weight = model.query_embedding.weight
-    weight.data = weight.data[order]
-    return model
+    return detrs.reorder(copy.deepcopy(model), order)
 
 
 def distilled(student, teacher, term, folder):

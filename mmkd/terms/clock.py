@@ -21,6 +21,7 @@ from mmkd.terms.queries import (
     bind_queries,
     question,
 )
+from mmkd.terms.query_matching import Objects
 from mmkd.terms.shared_queries import answer_distances, ask_alike
 
 if TYPE_CHECKING:
@@ -173,7 +174,11 @@ def target_queries(
     """
     own, said = question(outputs), answers(outputs)
     count = said.boxes.shape[2]
-    boxes, labels, real = _targets(gt, min(limit, count))
+    true = Objects.of(gt)
+    boxes, labels, real = (
+        one[:, : min(limit, count)]
+        for one in (true.boxes.clamp(0, 1), true.labels, true.there)
+    )
     cost = _cost(said, boxes, labels) * real[:, None]
     row, found = assign(cost)
     # N, objects, queries
@@ -191,18 +196,6 @@ def target_queries(
         for key, one in own.items()
     }
     return asked, bool(changes), objects
-
-
-def _targets(gt: GroundTruth, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes by centre and size of the image 1, labels, and who is there."""
-    first, last = gt.boxes.split(2, -1)
-    sizes = gt.image_sizes[gt.image].to(gt.boxes)
-    boxes = torch.cat([(first + last) / 2 / sizes, (last - first) / sizes], -1)
-    real = gt.boxes.new_ones(len(boxes))
-    return tuple(
-        gt.spread(one)[:, :limit]
-        for one in (boxes.clamp(0, 1), gt.labels, real)
-    )
 
 
 def _cost(said: Answers, boxes: Tensor, labels: Tensor) -> Tensor:

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from mmkd.registry import MODELS
-from mmkd.structures import Outputs, Step
-from mmkd.taps import crop, maps_of, pick_levels
+from mmkd.structures import Step
+from mmkd.taps import crop, pick_levels
 from mmkd.terms.feature import FeatureTerm
-from mmkd.terms.queries import check_asks
+from mmkd.terms.queries import ENCODER, check_asks
+from mmkd.terms.query_matching import memory_maps
 
 if TYPE_CHECKING:
     from mmkd.teachers import Teacher
 
-#: What makes the memory, and where its maps have their sizes from.
-ENCODER, MAPS = 'forward_encoder', 'neck'
+#: Where the memory's maps have their sizes from.
+MAPS = 'neck'
 
 
 @MODELS.register_module()
@@ -111,31 +112,3 @@ class MemoryTerm(FeatureTerm):
             )
         teacher = tuple(one.detach() for one in teacher)
         return student, crop(teacher, shown.size, step.images.shape[-2:])
-
-
-def memory_maps(outputs: Outputs) -> tuple[Tensor, ...]:
-    """A detector's memory, as maps of the sizes that its neck gave.
-
-    Returns:
-        (N, D, H, W) each, the finest first.
-
-    Raises:
-        ValueError: If the tokens are not those of the neck's maps.
-    """
-    memory = outputs.at(ENCODER)['memory']
-    maps = maps_of(outputs.at(MAPS), f'The tap {MAPS!r}')
-    sizes = [tuple(one.shape[-2:]) for one in maps]
-    counts = [rows * columns for rows, columns in sizes]
-    if sum(counts) != memory.shape[1]:  # DETR reads the last alone
-        sizes, counts = sizes[-1:], counts[-1:]
-    if sum(counts) != memory.shape[1]:
-        raise ValueError(
-            f'{type(outputs.detector).__name__} has a memory of '
-            f'{memory.shape[1]} tokens, but its neck gives maps of '
-            f'{[tuple(one.shape[-2:]) for one in maps]}. Choose a term on '
-            f"the neck for this pair: type='mmkd.FeatureTerm'."
-        )
-    return tuple(
-        tokens.transpose(1, 2).unflatten(2, size)
-        for tokens, size in zip(memory.split(counts, 1), sizes)
-    )

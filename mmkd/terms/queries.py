@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: What turns queries into states, and what reads classes and boxes off them.
 DECODER, HEAD = 'forward_decoder', 'bbox_head'
+#: What makes the memory that the decoder looks at.
+ENCODER = 'forward_encoder'
 #: What makes up a question: content, position, and where to look first.
 QUESTION = ('query', 'query_pos', 'reference_points')
 

@@ -21,7 +21,7 @@ from mmkd.ops.matching import (
 from mmkd.ops.numeric import as_float
 from mmkd.structures import GroundTruth, Outputs
 from mmkd.taps import maps_of
-from mmkd.terms.queries import DECODER, Answers, question
+from mmkd.terms.queries import DECODER, ENCODER, Answers, question
 
 #: Taken off the cost of queries that must find a partner.
 FIRST = 1e6
@@ -202,20 +202,35 @@ def map_sizes(outputs: Outputs) -> list[tuple[int, int]]:
     """Rows and columns of each level of the memory, the finest first.
 
     Detectors of one level take the last of the neck's maps.
+
+    Raises:
+        ValueError: If the tokens are not those of the neck's maps.
     """
     path = maps_path(outputs.detector)
     maps = maps_of(outputs.at(path), f'The tap {path!r}')
     sizes = [(one.shape[-2], one.shape[-1]) for one in maps]
-    _, given = outputs.inputs(DECODER)
-    cells = given['memory'].shape[1]
-    whole = sum(rows * columns for rows, columns in sizes)
-    return sizes if cells == whole else sizes[-1:]
+    tokens = _memory(outputs).shape[1]
+    for taken in (sizes, sizes[-1:]):
+        if sum(rows * columns for rows, columns in taken) == tokens:
+            return taken
+    raise ValueError(
+        f'{type(outputs.detector).__name__} has a memory of {tokens} tokens, '
+        f'but its {path} gives maps of {sizes}. Choose a term on the {path} '
+        f"for this pair: type='mmkd.FeatureTerm'."
+    )
 
 
 def memory_maps(outputs: Outputs) -> tuple[Tensor, ...]:
     """The memory as maps, one a level, (N, D, h, w)."""
+    return to_maps(_memory(outputs).mT, map_sizes(outputs))
+
+
+def _memory(outputs: Outputs) -> Tensor:
+    """What the encoder says, or what the decoder is given of it, (N, S, D)."""
+    if outputs.has(ENCODER):
+        return outputs.at(ENCODER)['memory']
     _, given = outputs.inputs(DECODER)
-    return to_maps(given['memory'].mT, map_sizes(outputs))
+    return given['memory']
 
 
 def inside_maps(outputs: Outputs) -> tuple[Tensor, ...]:

@@ -26,6 +26,7 @@ from mmkd.terms.queries import (
     drawn,
     question,
 )
+from mmkd.terms.query_matching import class_logits
 from mmkd.terms.term import Term
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def answer_distances(
         ValueError: If the classes differ in number.
     """
     teacher = teacher.detach()
-    student_classes, teacher_classes, softmax = _same_kind(student, teacher)
+    student_classes, teacher_classes, softmax = class_logits(student, teacher)
     if student_classes.shape[-1] != teacher_classes.shape[-1]:
         raise ValueError(
             f'Answers to shared queries are compared class by class; the '
@@ -206,16 +207,3 @@ def answer_distances(
             part: sum(weighted_mean(layer, weight) for layer in value)
             for part, value in zip(PARTS, (classes, *errors))
         }
-
-
-def _same_kind(
-    student: Answers, teacher: Answers
-) -> tuple[Tensor, Tensor, bool]:
-    """Logits of both, without backgrounds where only one side has one."""
-    if student.softmax == teacher.softmax:
-        return student.logits, teacher.logits, student.softmax
-    own, other = (
-        one.chances.logit(eps=1e-6) if one.softmax else one.logits
-        for one in (student, teacher)
-    )
-    return own, other, False

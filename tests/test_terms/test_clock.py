@@ -8,8 +8,8 @@ from mmkd.losses.clock_memory import CLoCKMemoryLoss
 from mmkd.ops.matching import giou
 from mmkd.structures import GroundTruth
 from mmkd.terms.clock import CLoCKTerm, target_queries
-from mmkd.terms.memory_maps import memory_maps
 from mmkd.terms.queries import answers, ask, question
+from mmkd.terms.query_matching import memory_maps
 from mmkd.terms.shared_queries import answer_distances
 
 KINDS = list(detrs.CONFIGS)

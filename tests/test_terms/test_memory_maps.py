@@ -5,7 +5,9 @@ import torch
 from asking import detector, distilled, recorded, step_of
 
 from mmkd.build import build
-from mmkd.terms.memory_maps import ENCODER, MAPS, MemoryTerm, memory_maps
+from mmkd.terms.memory_maps import MAPS, MemoryTerm
+from mmkd.terms.queries import ENCODER
+from mmkd.terms.query_matching import memory_maps
 
 PADDED = dict(shapes=((128, 128), (96, 64)))
 
@@ -40,7 +42,7 @@ def test_detr_reads_the_last_map_of_several():
     finer = torch.zeros(2, 16, 8, 8)
 
     class Several:
-        detector = record.detector
+        detector, has = record.detector, record.has
 
         def at(self, path):
             maps = record.at(path)
@@ -54,7 +56,7 @@ def test_tokens_of_other_maps_are_refused():
     record = recorded(detector('detr'), *tiny.batch())
 
     class Other:
-        detector = record.detector
+        detector, has = record.detector, record.has
 
         def at(self, path):
             return (
