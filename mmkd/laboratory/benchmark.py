@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ from mmkd.registry import MODELS
 from mmkd.schedules import Constant
 from mmkd.structures.nested import apply
 from mmkd.taps import Call, Record, recording
+from mmkd.teachers import without_init
 from mmkd.version import __version__
 
 ARMS = ('plain', 'null', 'teacher', 'full')
@@ -206,7 +208,7 @@ def _measure(config: Config, settings: Settings, name: str) -> Timing:
     hub.update_info('max_iters', 10**9)
     for step in steps.values():
         for index in range(settings.warm_up):
-            step(batches[index % len(batches)])
+            step.ready(batches[index % len(batches)])()
     terms = _Terms(arms['full'], clock)
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     of_terms: dict[str, list[float]] = {}
@@ -218,9 +220,10 @@ def _measure(config: Config, settings: Settings, name: str) -> Timing:
             for index in range(settings.steps)
         ]
         for arm in dice.sample(ARMS, len(ARMS)):
+            turns = [steps[arm].ready(batch) for batch in chosen]
             with clock.span() as span:
-                for batch in chosen:
-                    steps[arm](batch)
+                for take in turns:
+                    take()
             seconds[arm].append(span() / settings.steps)
         for term, taken in terms(chosen).items():
             of_terms.setdefault(term, []).append(taken)
@@ -252,6 +255,10 @@ class Arm:
     def __call__(self, batch: Any) -> None:
         self.model.train_step(batch, self.wrapper)
 
+    def ready(self, batch: Any) -> Callable[[], None]:
+        """A step on a batch, its preprocessing included."""
+        return partial(self, batch)
+
     def shown(self, batch: Any) -> tuple[Tensor, list]:
         """A batch as the model's losses take it."""
         data = self.model.data_preprocessor(batch, True)
@@ -269,7 +276,7 @@ def _arms(config: Config, settings: Settings) -> dict[str, Arm]:
         full, null = (_built(config, settings, folder) for _ in range(2))
     for term in null.terms.values():
         term.schedule = Constant(0.0)
-    plain = MODELS.build(student_config(config.model))
+    plain = _plain(config)
     state = plain.state_dict()
     weights = full.state_dict()
     plain.load_state_dict({key: weights[key] for key in state})
@@ -280,8 +287,16 @@ def _arms(config: Config, settings: Settings) -> dict[str, Arm]:
     }
 
 
+def _plain(config: Config) -> nn.Module:
+    # Detectors write into the config that they are built from.
+    return MODELS.build(copy.deepcopy(student_config(config.model)))
+
+
 def _built(config: Config, settings: Settings, folder: str) -> Distilling:
-    model = MODELS.build(copy.deepcopy(config.model))
+    model = copy.deepcopy(config.model)
+    if settings.random_weights:  # nor is a backbone's file fetched
+        model = without_init(model)
+    model = MODELS.build(model)
     if settings.random_weights:
         for name, teacher in model.teachers.items():
             teacher.checkpoint = Path(folder, f'{name}.pth')
@@ -307,9 +322,12 @@ class _Teachers:
     def __init__(self, arm: Arm) -> None:
         self.arm = arm
 
-    def __call__(self, batch: Any) -> None:
+    def ready(self, batch: Any) -> Callable[[], None]:
+        """A pass on a batch that is preprocessed already, as in a step."""
+        return partial(self, *self.arm.shown(batch))
+
+    def __call__(self, images: Tensor, samples: list) -> None:
         model = self.arm.model
-        images, samples = self.arm.shown(batch)
         with self.arm.precision:
             for teacher in model.teachers.values():
                 if teacher.paths:
@@ -404,7 +422,7 @@ def synthetic(config: Config, settings: Settings) -> list[Any]:
     """
     dice = np.random.default_rng(settings.seed)
     height, width = settings.size
-    known = MODELS.build(student_config(config.model))
+    known = _plain(config)
     classes = min(head_classes(known).values(), default=1)
     batches = []
     for _ in range(settings.batches):
@@ -754,7 +772,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--random-weights',
         action='store_true',
-        help='teachers without their checkpoints',
+        help='teachers without their checkpoints, and no downloads',
     )
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, default=FOLDER)

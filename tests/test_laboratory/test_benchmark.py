@@ -2,6 +2,7 @@
 
 import json
 
+import detrs
 import families
 import pytest
 import runs
@@ -182,8 +183,45 @@ def test_the_teacher_stops_where_its_taps_do(config):
         part.register_forward_pre_hook(
             lambda *one: called.append(type(one[0]))
         )
-    benchmark._Teachers(full)(benchmark._load(config, QUICK)[0])
+    benchmark._Teachers(full).ready(benchmark._load(config, QUICK)[0])()
     assert [one.__name__ for one in called] == ['FPN']
+
+
+def test_pixels_are_prepared_once_in_a_step(config):
+    """The floor is a step and a pass, not two of what comes before both."""
+    full = benchmark._arms(config, QUICK)['full']
+    take = benchmark._Teachers(full).ready(benchmark._load(config, QUICK)[0])
+    full.model.data_preprocessor.forward = None
+    take()
+
+
+def test_random_weights_fetch_nothing(config):
+    config.model.backbone.init_cfg = dict(
+        type='Pretrained', checkpoint='nowhere.pth'
+    )
+    settings = Settings(random_weights=True, boxes=1.0, size=(64, 64))
+    arms = benchmark._arms(config, settings)
+    assert 'nowhere' not in str(arms['full'].model.backbone.init_cfg)
+
+
+def test_a_detector_that_writes_into_its_config_is_built_again(config):
+    model = detrs.detr('refine')
+    model.num_queries = 4
+    config.model = tiny.distilled(
+        model,
+        dict(big=dict(config=dict(model=detrs.detr('refine')))),
+        dict(pkd=config.model.terms.pkd),
+    )
+    settings = Settings(
+        blocks=1,
+        steps=1,
+        batches=1,
+        random_weights=True,
+        boxes=2.0,
+        size=(64, 64),
+    )
+    found = measure(config, settings, 'refine')
+    assert found.median('full') > 0
 
 
 def test_a_term_s_gradient_ends_at_the_taps(config):
