@@ -216,7 +216,7 @@ def plan(
         ]
         alike = student_config(teacher_config.model) == student.model
         notes = [*differ, *_notes(model, terms, alike)]
-        if method == DEFAULT and pair.comparable and not _scores(pair):
+        if method == DEFAULT and pair.comparable and _mute(pair):
             notes.append(
                 'The heads say nothing that could be compared cell by cell. '
                 '--method predicted trains on what the teacher detects.'
@@ -396,8 +396,11 @@ def _paired(
     return pair, names, [apart + said]
 
 
-def _scores(pair: Pair) -> bool:
-    return any(level.scores for level in pair.levels)
+def _mute(pair: Pair) -> bool:
+    """Whether neither cells nor queries have scores that can be compared."""
+    return pair.queries is None and not any(
+        level.scores for level in pair.levels
+    )
 
 
 def _compares(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import detrs
 import pytest
 import runs
 import tiny
@@ -284,6 +285,8 @@ def test_heads_of_other_kinds_are_told_of_another_way(files):
     found = str(plan(*files(tiny.faster_rcnn())))
     assert '--method predicted' in found
     assert '--method predicted' not in str(plan(*files()))
+    queries = files(detrs.detr('dab'), detrs.detr('detr', base=16))
+    assert '--method predicted' not in str(plan(*queries))
     found = plan(*files(tiny.faster_rcnn()), 'predicted')
     assert found.rows[0][:3] == ('predicted', 'neck', 'neck')
 
