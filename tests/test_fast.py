@@ -284,3 +284,10 @@ def test_backbone_and_neck_are_compiled(teacher, images, monkeypatch):
     record = one.watch(run, images, PATHS)
     assert compiled[:2] == [one._copy.backbone, one._copy.neck]
     assert difference(run(teacher, images), record) == 0
+
+
+def test_what_is_tolerated_is_taken(teacher, images, monkeypatch):
+    monkeypatch.setattr(fast, 'difference', lambda *_: ALL.tolerance)
+    one = Fast(teacher, ALL, 'The teacher')
+    one.watch(runner(), images, PATHS)
+    assert one._chosen == ALL

@@ -37,7 +37,7 @@ def giou(first: Tensor, second: Tensor, eps: float = 1e-7) -> Tensor:
     all pairs are compared.
 
     Args:
-        first, second: Corners x1 y1 x2 y2, (…, 4).
+        first, second: Corners x1 y1 x2 y2, none turned inside out, (…, 4).
         eps: Least area to divide by.
 
     Returns:
@@ -56,7 +56,7 @@ def giou(first: Tensor, second: Tensor, eps: float = 1e-7) -> Tensor:
     overlap, union = _overlap(first, second)
     low = torch.minimum(first[..., :2], second[..., :2])
     high = torch.maximum(first[..., 2:], second[..., 2:])
-    hull = (high - low).clamp(min=0).prod(-1)
+    hull = (high - low).prod(-1)
     spare = (hull - union) / hull.clamp(min=eps)
     return overlap / union.clamp(min=eps) - spare
 
@@ -82,7 +82,7 @@ def _overlap(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _area(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
+    return (boxes[..., 2:] - boxes[..., :2]).prod(-1)
 
 
 def pairwise_box_cost(

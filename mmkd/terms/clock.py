@@ -177,7 +177,7 @@ def target_queries(
     true = Objects.of(gt)
     boxes, labels, real = (
         one[:, : min(limit, count)]
-        for one in (true.boxes.clamp(0, 1), true.labels, true.there)
+        for one in (true.boxes, true.labels, true.there)
     )
     cost = _cost(said, boxes, labels) * real[:, None]
     row, found = assign(cost)

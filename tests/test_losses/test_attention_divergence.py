@@ -102,3 +102,13 @@ def test_half_precision_is_computed_in_float(maps):
     torch.testing.assert_close(
         found, attention_divergence(*maps), atol=1e-3, rtol=1e-2
     )
+
+
+def test_without_rows_it_is_the_mean_of_all():
+    torch.manual_seed(0)
+    student, teacher = torch.rand(2, 3, 2, 4, 5).softmax(-1)
+    rows = torch.ones(3, 2, 4)
+    torch.testing.assert_close(
+        attention_divergence(student, teacher),
+        attention_divergence(student, teacher, rows),
+    )

@@ -87,3 +87,23 @@ def test_the_mean_is_weighted():
     assert weighted_mean(values, weight).item() == pytest.approx(1.5)
     assert weighted_mean(values, torch.zeros(2)).item() == 0
     assert weighted_mean(F.relu(values), torch.ones(1)).item() == 2
+
+
+def test_boxes_on_either_side_are_as_far():
+    teacher = torch.tensor([0.5, 0.5, 0.4, 0.4])
+    for step in (-0.1, 0.1):
+        l1, _ = query_box_errors(
+            teacher + torch.tensor([step, 0, 0, 0]), teacher
+        )
+        assert l1.item() == pytest.approx(0.1)
+
+
+def test_boxes_pull_the_student():
+    """By the sign of each difference, and towards more overlap."""
+    student = torch.tensor([0.6, 0.5, 0.4, 0.2], requires_grad=True)
+    teacher = torch.tensor([0.5, 0.5, 0.4, 0.4])
+    l1, error = query_box_errors(student, teacher)
+    (pull,) = torch.autograd.grad(l1, student)
+    assert pull.tolist() == [1, 0, 0, -1]
+    (pull,) = torch.autograd.grad(error, student)
+    assert pull[0] > 0 > pull[3]

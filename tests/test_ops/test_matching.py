@@ -137,3 +137,12 @@ def test_label_cost_is_that_of_mmdet(softmax):
     expected = cost(InstanceData(scores=logits), InstanceData(labels=labels))
     found = pairwise_label_cost(logits[None], labels[None], softmax)
     torch.testing.assert_close(found[0], expected)
+
+
+@pytest.mark.parametrize('softmax', [False, True])
+def test_no_rounding_makes_a_divergence_negative(softmax):
+    torch.manual_seed(0)
+    logits = 5 * torch.randn(1, 200, 40)
+    found = pairwise_class_divergence(logits, logits, softmax)
+    assert (found >= 0).all()
+    assert found[0].diagonal().max() < 1e-3

@@ -7,8 +7,8 @@ from asking import detector, distilled, permuted, step_of
 from mmkd.losses.clock_memory import CLoCKMemoryLoss
 from mmkd.ops.matching import giou
 from mmkd.structures import GroundTruth
-from mmkd.terms.clock import CLoCKTerm, target_queries
-from mmkd.terms.queries import answers, ask, question
+from mmkd.terms.clock import CLoCKTerm, _cost, target_queries
+from mmkd.terms.queries import Answers, answers, ask, question
 from mmkd.terms.query_matching import memory_maps
 from mmkd.terms.shared_queries import answer_distances
 
@@ -221,3 +221,11 @@ def test_detectors_without_queries_are_refused(tmp_path):
     term = dict(type='mmkd.CLoCKTerm', teacher='big')
     with pytest.raises(ValueError, match='teacher, RetinaNet, has none'):
         distilled(detrs.detr('dab'), tiny.retinanet(), term, tmp_path)
+
+
+def test_of_two_answers_in_a_place_the_one_that_knows_the_class_is_taken():
+    logits = torch.tensor([[[[0.0, 0.0], [0.0, 3.0]]]])
+    boxes = torch.tensor([0.5, 0.5, 0.2, 0.2]).expand(1, 1, 2, 4)
+    said = Answers(logits, boxes, logits, softmax=False)
+    cost = _cost(said, boxes[0, :, :1], torch.tensor([[1]]))
+    assert cost[0, 1, 0] < cost[0, 0, 0]

@@ -16,6 +16,7 @@ from mmkd.terms.d3etr import (
     CROSS,
     SELF,
     D3ETRTerm,
+    _mean,
     attention_maps,
     attention_paths,
     has_maps,
@@ -23,7 +24,7 @@ from mmkd.terms.d3etr import (
     pick_both,
 )
 from mmkd.terms.mlkd_bert import uniform_map
-from mmkd.terms.queries import answers, ask, question
+from mmkd.terms.queries import Answers, answers, ask, question
 from mmkd.terms.query_matching import match_answers, of_layers
 
 FEW = dict(queries=6)
@@ -344,3 +345,40 @@ def test_images_without_boxes_are_taught_as_all():
     models = [detrs.built('dab', seed, **FEW) for seed in range(2)]
     parts = term(detrs.step_of(term, *models, tiny.batch(boxes=0)))
     assert all(one > 0 and one.isfinite() for one in parts.values())
+
+
+@pytest.mark.parametrize(
+    ('weight', 'parts'),
+    [
+        ('adaptive_weight', 'adaptive_'),
+        ('fixed_weight', 'fixed_'),
+        ('prediction_weight', '_prediction'),
+        ('self_weight', '_self'),
+        ('cross_weight', '_cross'),
+    ],
+)
+def test_each_weight_is_a_factor_of_its_parts(weight, parts):
+    term, step = pair()
+    before = term(step)
+    setattr(term, weight, 2.0)
+    for name, value in term(step).items():
+        times = 2 if parts in name else 1
+        torch.testing.assert_close(value, times * before[name])
+
+
+def test_those_that_are_surest_of_any_class_come_first():
+    chance = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.2, 0.2]])
+    found = Answers(
+        chance.logit()[None, None],
+        torch.rand(1, 1, 3, 4),
+        torch.rand(1, 1, 3, 2),
+        softmax=False,
+    )
+    assert most_certain(found, 1).tolist() == [[[True, False, False]]]
+    assert most_certain(found, 2).tolist() == [[[True, True, False]]]
+
+
+def test_where_nobody_is_sure_nothing_is_learnt():
+    values = torch.ones(2, 1, 3, requires_grad=True)
+    found = _mean(values, torch.zeros(2, 1, 3))
+    assert found.item() == 0

@@ -10,6 +10,7 @@ from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
+from mmkd.losses.query import query_class_divergence
 from mmkd.registry import MODELS
 from mmkd.taps import recording
 from mmkd.terms.layer_self_teaching import TARGETS, LayerSelfTeachingTerm
@@ -44,7 +45,7 @@ def shares(model, batch=None):
     }
 
 
-def literal(given, labels, targets, classes):
+def literal(given, labels, targets, classes, part='box'):
     """The formula, query by query."""
     layers, images, queries = labels.shape
     matched, others = [], []
@@ -63,6 +64,13 @@ def literal(given, labels, targets, classes):
                 weight = given.chances[-1, image, query].max().item()
             distance = 0
             for layer in range(layers - 1):
+                if part == 'cls':
+                    distance += query_class_divergence(
+                        given.logits[layer, image, query],
+                        given.logits[-1, image, query],
+                        given.softmax,
+                    ).item()
+                    continue
                 box = given.boxes[layer, image, query]
                 l1 = (box - given.boxes[-1, image, query]).abs().sum()
                 near = bbox_overlaps(
@@ -76,11 +84,13 @@ def literal(given, labels, targets, classes):
 
 
 @pytest.mark.parametrize('kind', ['detr', 'dab', 'refine', 'dino'])
-def test_equals_the_formula_query_by_query(kind):
-    model = distilled(kind)
+@pytest.mark.parametrize('part', ['box', 'cls'])
+def test_equals_the_formula_query_by_query(kind, part):
+    layers = 2 if kind == 'dab' else 3
+    model = distilled(kind, class_weight=1.0, layers=layers)
     torch.manual_seed(0)
     with recording(model, [DECODER, HEAD, TARGETS]) as record:
-        found = shares(model)['box']
+        found = shares(model)[part]
     given = answers(record)
     layers = len(given.logits)
     taken = record.outputs(TARGETS)[:layers]
@@ -88,7 +98,7 @@ def test_equals_the_formula_query_by_query(kind):
     targets = torch.stack([torch.stack(one[2]) for one in taken])
     assert labels.shape == given.boxes.shape[:3]
     assert 0 < (labels < tiny.CLASSES).sum() < labels.numel()
-    expected = literal(given, labels, targets, tiny.CLASSES)
+    expected = literal(given, labels, targets, tiny.CLASSES, part)
     assert found.item() == pytest.approx(expected, rel=1e-4)
 
 

@@ -218,6 +218,24 @@ def test_memory_is_the_maps_one_after_the_other(kind):
 
 
 def test_another_form_is_told_with_the_weight_to_set():
-    with pytest.raises(ValueError, match=r'query_pos of 4.*Set some_weight=0'):
+    with pytest.raises(
+        ValueError,
+        match=r'student, DABDETR, takes.*query_pos of 4 .*teacher, '
+        r'DeformableDETR.*Set some_weight=0',
+    ):
         check_form('It', 'some_weight', seen('dab'), seen('deformable'))
     check_form('It', 'some_weight', seen('dab'), seen('dab', layers=1))
+
+
+def test_chances_pull_the_student_and_may_be_certain():
+    logits = torch.tensor([[[[200.0, -200.0, -200.0]]]], requires_grad=True)
+    sure = Answers(logits, torch.rand(1, 1, 1, 4), logits, softmax=True)
+    other = Answers(
+        torch.zeros(1, 1, 1, 2), sure.boxes, sure.states, softmax=False
+    )
+    own, _, _ = class_logits(sure, other)
+    assert own.isfinite().all()
+    soft = Answers(logits / 100, sure.boxes, sure.states, softmax=True)
+    own, _, _ = class_logits(soft, other)
+    (pull,) = torch.autograd.grad(own.sum(), logits)
+    assert pull.abs().sum() > 0
