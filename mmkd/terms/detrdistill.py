@@ -317,7 +317,7 @@ def target_mask(feature: Tensor, queries: Tensor, quality: Tensor) -> Tensor:
     alike = (unit(queries, -1) @ cells).square()
     total = quality.sum(1, keepdim=True)
     share = quality / torch.where(total > 0, total, 1.0)
-    mask = (share[:, None] @ alike).clamp(max=1)
+    mask = share[:, None] @ alike
     return mask.unflatten(-1, feature.shape[-2:])
 
 
@@ -349,8 +349,7 @@ def assigned_loss(
     rest = positive.numel() - count
     said: Tensor | tuple[Tensor, Tensor] = labels.flatten()
     if isinstance(head.loss_cls, QualityFocalLoss):
-        fit = iou(own.detach(), like) * positive.flatten()
-        said = said, fit
+        said = said, iou(own.detach(), like)  # of positives alone
     with full_precision(logits):
         classes = head.loss_cls(
             logits.flatten(0, 1),

@@ -324,6 +324,13 @@ class ProposalTerm(SecondStageTerm):
                     f'{type(head).__name__}, which does not regress the four '
                     f'numbers of a box. Set box_weight=0.'
                 )
+            if getattr(head, 'custom_cls_channels', False):
+                raise ValueError(
+                    f'ProposalTerm compares one score a class and one of the '
+                    f'background, but the {side} has other outputs besides, '
+                    f'by its {type(head.loss_cls).__name__}. Use a head with '
+                    f"another loss, or a feature term (tap='neck')."
+                )
 
     def forward(self, step: Step) -> Tensor | dict[str, Tensor]:
         seen = self.seen(step)

@@ -15,6 +15,7 @@ from mmkd.taps import recording
 from mmkd.terms.detrdistill import (
     DETRDistillTerm,
     assigned_loss,
+    by_layer,
     query_quality,
     target_mask,
 )
@@ -388,3 +389,12 @@ def test_the_distiller_checks_the_pair_while_it_is_built(tmp_path):
     config = tiny.distilled(detrs.detr('dab'), dict(big=big), dict(x=term))
     with pytest.raises(ValueError, match='prior_weight=0'):
         tiny.build(config)
+
+
+def test_layers_are_averaged_by_themselves_and_added():
+    values = torch.arange(12.0).view(2, 2, 3)
+    there = torch.zeros(2, 2, 3, dtype=torch.bool)
+    there[0, 0, 1] = there[0, 1, 2] = there[1, 1, 0] = True
+    # (1 + 5) / 2 of the first layer, 9 of the second.
+    assert by_layer(values, there).item() == 12
+    assert by_layer(values, there & False).item() == 0

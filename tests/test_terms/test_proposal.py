@@ -784,6 +784,15 @@ def test_a_head_that_needs_more_than_proposals(build):
 
 
 @pytest.mark.parametrize('side', ['student', 'teacher'])
+def test_a_head_with_outputs_besides_classes(build, side):
+    """SeesawLoss adds two, which tell objects from background."""
+    loss = dict(type='SeesawLoss', p=0.8, q=2.0, num_classes=tiny.CLASSES)
+    model = rois.faster(loss_cls=loss)
+    with pytest.raises(ValueError, match=rf'the {side} has .*SeesawLoss'):
+        build(**{side: model})
+
+
+@pytest.mark.parametrize('side', ['student', 'teacher'])
 def test_a_head_without_boxes(build, side):
     model = rois.faster(with_reg=False)
     with pytest.raises(ValueError, match=rf'the {side} has a .*box_weight=0'):
