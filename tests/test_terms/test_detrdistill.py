@@ -346,6 +346,25 @@ def test_prior_of_scores_of_quality_is_the_detectors_own():
     )
 
 
+def test_without_objects_the_prior_s_classes_are_divided_by_one():
+    """And not by the nothing that a head without background weight counts."""
+    model = detrs.built('dab', **FEW)
+    head = model.bbox_head
+    assert head.bg_cls_weight == 0
+    logits, boxes = torch.randn(2, 6, tiny.CLASSES), torch.rand(2, 6, 4)
+    owner = torch.full((2, 6), -1)
+    nothing = Objects(
+        torch.zeros(2, 1, 4),
+        torch.zeros(2, 1, dtype=torch.long),
+        torch.zeros(2, 1, dtype=torch.bool),
+    )
+    found = assigned_loss(head, logits, boxes, owner, nothing)
+    chance = logits.sigmoid()  # a focal loss of background alone
+    terms = 0.75 * chance**2 * -(1 - chance).log()
+    expected = head.loss_cls.loss_weight * terms.sum()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_decoders_of_unlike_form_refuse_the_prior():
     term, step = pair('dab', 'detr')
     with pytest.raises(ValueError, match='DETRDistillTerm.*prior_weight=0'):
