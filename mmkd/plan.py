@@ -34,14 +34,14 @@ from mmkd.distillers.distiller import CHECK_SIZES, example_sample
 from mmkd.randomness import preserved
 from mmkd.recipes import DEFAULT, RECIPES, Pair, inherits, look, recipe
 from mmkd.registry import DETECTORS, MODELS
-from mmkd.structures import Step
 from mmkd.teachers import Teacher, run_detector
 from mmkd.terms.feature import FeatureTerm
 from mmkd.terms.group import GroupTerm
-from mmkd.terms.term import Term
 
 #: The teacher's name in a plan's config.
 TEACHER = 'teacher'
+#: A term's name while it is looked at alone.
+TERM = 'term'
 #: Characters of a line of what is written.
 LINE = 79
 HEADINGS = ('term', 'student', 'teacher', 'stride', 'channels', 'by', 'loss')
@@ -470,23 +470,20 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _rows(
-    name: str, model: nn.Module, config: Mapping
-) -> list[tuple[str, ...]]:
-    """What a term compares, level by level."""
-    step = model.take({name: config})
-    theirs = ', '.join(model.teachers[TEACHER].paths)
-    return list(_rows_of(name, model.terms[name], step, theirs))
-
-
-def _rows_of(
-    name: str, term: Term, step: Step | None, theirs: str, share: str = ''
+    name: str, model: nn.Module, config: Mapping, share: str = ''
 ) -> Iterator[tuple[str, ...]]:
+    """What a term compares, level by level."""
+    step = model.take({TERM: config})
+    term = model.terms[TERM]
     if isinstance(term, GroupTerm) and term.transparent:
-        for part, child in term.terms.items():
-            given = getattr(term, 'share', {}).get(part)
+        shares = getattr(term, 'share', {})
+        for part, child in config['terms'].items():
+            given = shares.get(part)
             more = '' if given is None else f', share {given:g}'
-            yield from _rows_of(f'{name}.{part}', child, step, theirs, more)
+            # By itself, so that the teacher's taps are its own.
+            yield from _rows(f'{name}.{part}', model, child, more)
         return
+    theirs = ', '.join(model.teachers[TEACHER].paths)
     loss = term.losses[0] if isinstance(term, FeatureTerm) else term
     weight = getattr(loss, 'loss_weight', None)
     said = type(loss).__name__ + share

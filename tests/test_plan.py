@@ -285,8 +285,13 @@ def test_heads_of_other_kinds_are_told_of_another_way(files):
     found = str(plan(*files(tiny.faster_rcnn())))
     assert '--method predicted' in found
     assert '--method predicted' not in str(plan(*files()))
-    queries = files(detrs.detr('dab'), detrs.detr('detr', base=16))
-    assert '--method predicted' not in str(plan(*queries))
+    queries = plan(*files(detrs.detr('dab'), detrs.detr('detr', base=16)))
+    assert '--method predicted' not in str(queries)
+    taps = {row[0]: row[2] for row in queries.rows if row[0]}
+    assert taps == {
+        'default.pkd': 'neck[0]',
+        'default.answers': 'forward_decoder, bbox_head',
+    }
     found = plan(*files(tiny.faster_rcnn()), 'predicted')
     assert found.rows[0][:3] == ('predicted', 'neck', 'neck')
 

@@ -242,7 +242,7 @@ class DETRDistillTerm(Term):
             error = (as_float(one) - like).square().mean(1, keepdim=True)
             total = total + (masks[level] * inside[level] * error).sum()
             cells = cells + inside[level].sum()
-        return self.feature_weight * total / cells.clamp(min=1)
+        return self.feature_weight * total / cells
 
     def _prior(
         self,
