@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
 #: Parts that tell apart something else than the classes of the data set.
@@ -265,3 +266,11 @@ def pick_classes(
             value = value.index_select(axis, index)
         picked[key] = value
     return picked
+
+
+def training_classes() -> tuple[str, ...] | None:
+    """Class names of the data set that is trained on, None if unknown."""
+    hub = MessageHub.get_current_instance()
+    meta = hub.get_info('dataset_meta', None) or {}
+    classes = meta.get('classes')
+    return tuple(classes) if classes else None

@@ -30,6 +30,10 @@ FORMAT = 1
 PRECISIONS = ('int8', 'fp16', 'fp32')
 #: Where a store says what it is.
 ABOUT = b'about'
+#: What predictions on an image are called there, in place of a tap.
+PREDICTIONS = 'predictions'
+#: What makes them.
+PREDICTING = 'tools/cache_predictions.py CONFIG CHECKPOINT'
 #: Axes of the cells of one channel: of maps (N, C, H, W), and of tokens
 #: (N, L, C). Other tensors are small and kept as they are.
 CELLS = {4: (2, 3), 3: (1,)}
@@ -54,22 +58,32 @@ class Store:
         who: Named in messages.
         missing: What becomes of an image that is not there: ``'error'``, or
             ``'show'`` it to the teacher.
+        tool: What makes such a store.
 
     Raises:
         ValueError: If ``missing`` is neither.
     """
 
     def __init__(
-        self, folder: str | Path, who: str, missing: str = 'error'
+        self,
+        folder: str | Path,
+        who: str,
+        missing: str = 'error',
+        tool: str = 'tools/cache_teacher.py CONFIG',
     ) -> None:
         check_name(
             f'{who} with cache=…', 'missing', missing, ('error', 'show')
         )
         self.folder, self.who, self.missing = Path(folder), who, missing
+        self.tool = tool
         self.writable = False
         self._room = 0
         self._held: lmdb.Environment | None = None
         self._about: dict[str, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies, and processes that get one, open the file themselves.
+        return dict(self.__dict__, _held=None)
 
     def begin(self, about: Mapping[str, Any], room: int) -> None:
         """Make it ready to be written to.
@@ -144,7 +158,7 @@ class Store:
             )
 
     def _remedy(self, more: str = '') -> str:
-        command = self.about.get('command') or 'tools/cache_teacher.py CONFIG'
+        command = self.about.get('command') or self.tool
         return f'Type: {command} {more}'.rstrip()
 
     def read(
@@ -242,7 +256,7 @@ class Store:
         if not (self.folder / 'data.mdb').is_file():
             raise FileNotFoundError(
                 f'{self.who}: there is no cache in {self.folder}. Make it '
-                f'with: tools/cache_teacher.py CONFIG, or set cache=0.'
+                f'with: {self.tool} --out {self.folder}'
             )
         return lmdb.open(
             str(self.folder), readonly=True, lock=False, readahead=False
@@ -267,7 +281,7 @@ class Store:
     def _broken(self, why: Any) -> str:
         return (
             f'{self.who}: the cache in {self.folder} cannot be read ({why}). '
-            f'Make it anew: tools/cache_teacher.py CONFIG --overwrite.'
+            f'Make it anew: {self.tool} --overwrite.'
         )
 
 

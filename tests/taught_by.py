@@ -10,6 +10,7 @@ import tiny
 import torch
 from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
 
 from mmkd.configs import read_config
 from mmkd.terms.queries import asks
@@ -104,7 +105,25 @@ def batch(student, boxes=4, seed=0):
     )
     if hasattr(getattr(student, 'roi_head', None), 'mask_head'):
         rois.add_masks(samples)
+    add_predictions(samples, seed)
     return images, samples
+
+
+def add_predictions(samples, seed=0, count=6):
+    """What a teacher may have said of the images before the training."""
+    generator = torch.Generator().manual_seed(seed)
+    for one in samples:
+        points = 60 * torch.rand(count, 2, generator=generator)
+        extent = 8 + 20 * torch.rand(count, 4, generator=generator)
+        one.teacher_predictions = InstanceData(
+            points=points,
+            strides=8 * 2 ** (2 * torch.rand(count, generator=generator)),
+            bboxes=torch.cat(
+                [points - extent[:, :2], points + extent[:, 2:]], 1
+            ),
+            labels=torch.randint(0, CLASSES, (count, 1), generator=generator),
+            logits=torch.randn(count, 1, generator=generator),
+        )
 
 
 def shares(student, images, samples, seed=1):

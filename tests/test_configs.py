@@ -26,6 +26,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.model.weight_init import PretrainedInit
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
+from taught_by import add_predictions
 
 from mmkd.configs import (
     OPTIONAL_KEYS,
@@ -389,6 +390,7 @@ def small_batch(model: ConfigDict, seed: int) -> dict:
         one.gt_instances.bboxes /= 2
     if 'mask_head' in model.get('roi_head', {}):
         rois.add_masks(samples)
+    add_predictions(samples, seed)
     if 'dn_cfg' in model or model.get('as_two_stage'):
         images = magnify(images, samples, 4)
     return tiny.pixels(images, samples)

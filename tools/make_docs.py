@@ -125,6 +125,7 @@ FAMILIES = {
         'class scores, boxes, masks: what the heads say',
         *('bckd', 'cmkd', 'crosskd', 'dist', 'dkd', 'head', 'ld', 'mask-kd'),
         *('mhkd', 'nkd', 'one', 'predicted', 'rpn-kd', 'soft-target'),
+        'stored',
     ),
     'instance': (
         'single objects: where the two differ most, or one query each',
@@ -172,16 +173,17 @@ TOLD_BY = {
     'mlkd-bert': 'MLKDBertLayersTerm',
     'mmkd-meta': 'MetaTeachersTerm',
     'mtpd': 'MGDLoss',
-    'predicted': 'PredictedBoxTerm',
     'multi-teacher': 'PKDLoss',
     'one': 'OneTerm',
     'p2p': 'PeersTerm',
+    'predicted': 'PredictedBoxTerm',
     'residual-kd': 'ResidualTerm',
     'rpn-kd': 'SoftTargetLoss',
     'score-l2': 'WeightedMSELoss',
     'self-teaching': 'SelfTerm',
     'simkd': 'SimKDTerm',
     'sskd': 'MimicLoss',
+    'stored': 'StoredPredictionTerm',
     'unikd': 'UnifiedTerm',
 }
 

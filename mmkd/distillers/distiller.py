@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmkd.build import build
 from mmkd.checks import check_name
-from mmkd.classes import by_name, head_classes
+from mmkd.classes import by_name, head_classes, training_classes
 from mmkd.distillers.guard import Guard
 from mmkd.distillers.unlabelled import labelled_first, partly_labelled
 from mmkd.phases import Phase, Phases
@@ -390,7 +390,7 @@ class Distilling:
         if self._checked_classes:
             return
         self._checked_classes = True
-        known = _training_classes()
+        known = training_classes()
         for name, term in self.terms.items():
             if not term.compares_classes():
                 continue
@@ -529,13 +529,6 @@ def example_sample(side: int) -> DetDataSample:
     )
     sample.proposals = InstanceData(bboxes=box, scores=torch.ones(1))
     return sample
-
-
-def _training_classes() -> tuple[str, ...] | None:
-    hub = MessageHub.get_current_instance()
-    meta = hub.get_info('dataset_meta', None) or {}
-    classes = meta.get('classes')
-    return tuple(classes) if classes else None
 
 
 def _check_count(

@@ -1,8 +1,7 @@
-import json
 import shutil
 
-import cv2
 import numpy as np
+import pictures
 import pytest
 import tiny
 import torch
@@ -33,21 +32,8 @@ def make(tmp_path, monkeypatch, teachers, terms):
         wrap=lambda dataset: dataset,
         **loader,
     ):
-        draw(tmp_path, sizes)
-        pipeline = [
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations', with_bbox=True),
-            *transforms,
-            dict(type='PackDetInputs'),
-        ]
-        dataset = dict(
-            type='CocoDataset',
-            data_root=str(tmp_path),
-            ann_file='pictures.json',
-            data_prefix=dict(img=''),
-            metainfo=dict(classes=('a', 'b', 'c')),
-            pipeline=pipeline,
-        )
+        pictures.draw(tmp_path, sizes)
+        dataset = pictures.dataset(tmp_path, *transforms)
         student = tiny.retinanet()
         taught = dict(
             big=dict(
@@ -69,32 +55,6 @@ def make(tmp_path, monkeypatch, teachers, terms):
         return Config.fromfile('config.py')
 
     return make
-
-
-def draw(folder, sizes):
-    random = np.random.default_rng(0)
-    images, boxes = [], []
-    for number, (height, width) in enumerate(sizes):
-        name = f'{number}.png'
-        picture = random.integers(0, 255, (height // 8, width // 8, 3))
-        picture = cv2.resize(picture.astype(np.uint8), (width, height))
-        cv2.imwrite(str(folder / name), picture)
-        images.append(
-            dict(id=number, file_name=name, height=height, width=width)
-        )
-        boxes.append(
-            dict(
-                id=number,
-                image_id=number,
-                category_id=number % 3,
-                bbox=[8 + number, 16, 40, 48],
-                area=1920,
-                iscrowd=0,
-            )
-        )
-    kinds = [dict(id=one, name=name) for one, name in enumerate('abc')]
-    text = json.dumps(dict(images=images, annotations=boxes, categories=kinds))
-    (folder / 'pictures.json').write_text(text)
 
 
 def run(capsys, *options):
