@@ -301,8 +301,8 @@ def test_second_stages_are_given_fewer_regions_and_no_fewer_than_asked():
     )
     config.model.test_cfg.rpn.max_per_img = 20
     model = shrunk(config, 128).model
-    assert [one.sampler.num for one in model.train_cfg.rcnn] == [64] * 3
-    assert model.train_cfg.rpn_proposal.max_per_img == 64
+    assert [one.sampler.num for one in model.train_cfg.rcnn] == [16] * 3
+    assert model.train_cfg.rpn_proposal.max_per_img == 16
     assert model.test_cfg.rpn.max_per_img == 20
     # What is told at the end is as the config says.
     assert model.test_cfg.rcnn.max_per_img == 100
