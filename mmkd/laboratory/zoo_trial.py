@@ -530,6 +530,8 @@ def batch(detector: nn.Module, shown: Shown, seed: int = 0) -> dict[str, list]:
         narrow = index % 2 == 1 and not shown.square
         width = shown.side * 7 // 8 if narrow else shown.side
         image, sample = picture(numbers, shown.side, width, classes)
+        if getattr(detector, 'with_rpn', False):
+            del sample.proposals  # they would stand for its own
         if not shown.masks:
             del sample.gt_instances.masks, sample.ignored_instances.masks
         sample.set_metainfo(dict(img_id=index, img_path=f'{index}.png'))

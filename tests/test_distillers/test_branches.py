@@ -126,9 +126,7 @@ def test_terms_that_read_boxes_and_heads_teach_every_branch(build, term):
     images, samples = tiny.batch()
     losses = model.loss(images, samples)
     share = sum(
-        value
-        for key, value in losses.items()
-        if key.startswith('loss_kd_x')
+        value for key, value in losses.items() if key.startswith('loss_kd_x')
     )
     assert torch.isfinite(share)
     model.zero_grad()
