@@ -88,6 +88,9 @@ FAMILIES = {
     'query': ('detrdistill', 'd3etr', 'kd_detr', 'clock'),
 }
 
+#: The recipe that lets the teacher predict.
+DETECTS = 'predicted'
+
 #: Steps of a trial, in order: up to ``BASE`` plain mmdet is alone.
 STEPS = (
     'choose',
@@ -352,7 +355,10 @@ class Trial:
     def _families(self, model: nn.Module, found: Plan, shown: Shown) -> None:
         """One step of a method of each family that fits."""
         with self._step('families') as note:
-            fits = self.record['steps']['methods']['fits']
+            fits = dict(self.record['steps']['methods']['fits'])
+            if not self._predicts:
+                # What mmdet itself cannot is asked of nobody.
+                fits[DETECTS] = 'plain mmdet does not predict here'
             speakers = {
                 family: next((x for x in names if fits[x] is None), None)
                 for family, names in FAMILIES.items()

@@ -656,6 +656,25 @@ def test_a_step_that_fails_is_the_last_and_says_why(
     assert 'plan.py' in found['sources']
 
 
+@pytest.mark.parametrize('cannot', [{}, dict(cannot='RuntimeError')])
+def test_a_teacher_predicts_where_plain_mmdet_can(
+    cannot, tmp_path, monkeypatch
+):
+    trial = zoo_trial.Trial('some', tmp_path / 'x.json', zoo())
+    fits = dict.fromkeys(RECIPES, 'it does not fit')
+    fits |= dict(pkd=None, predicted=None)
+    trial.record['steps'] = dict(predict=cannot, methods=dict(fits=fits))
+    monkeypatch.setattr(zoo_trial, 'recipe', lambda name, pair: {})
+    monkeypatch.setattr(
+        zoo_trial, '_hear', lambda model, terms, shown: dict.fromkeys(terms)
+    )
+    found = type('Plan', (), dict(pair=None))
+    trial._families(None, found, SHOWN)
+    response = [] if cannot else ['response']
+    assert families(trial.record) == ['feature', *response]
+    assert trial.record['steps']['methods']['fits']['predicted'] is None
+
+
 # The sweep -------------------------------------------------------------------
 
 
