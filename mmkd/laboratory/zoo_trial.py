@@ -320,7 +320,7 @@ class Trial:
             torch.manual_seed(0)
             model = MODELS.build(copy.deepcopy(found.config.model))
             model.init_weights()
-            scale(model)
+            settle(model)
             learns = self.record['steps']['train']['learns']
             note.update(_distil(model, student, shown, learns=learns))
         with self._step('predict distilled') as note:
@@ -454,18 +454,23 @@ def _built(config: Config, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     detector = DETECTORS.build(copy.deepcopy(config.model))
     detector.init_weights()
-    scale(detector)
+    settle(detector)
     return detector
 
 
-def scale(detector: nn.Module) -> None:
+def settle(detector: nn.Module) -> None:
     """Let random weights be what those of a trained detector are.
 
     Some convolutions standardise their weights, by a scale that they take
     from those that they load; by themselves they have none, and DetectoRS
-    overflows.
+    overflows. Others have no way to begin but a file: until then the weights
+    of TridentNet's are what was in the memory.
     """
     for module in detector.modules():
+        own = module._parameters.get('weight')
+        begins = hasattr(module, 'reset_parameters')
+        if own is not None and own.ndim == 4 and not begins:
+            nn.init.kaiming_normal_(own)
         if isinstance(module, ConvAWS2d):
             own = dict(weight=module.weight, bias=module.bias)
             own = {key: one for key, one in own.items() if one is not None}

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import families as detectors
 import numpy as np
 import pytest
 import tiny
@@ -559,10 +560,23 @@ def test_scales_that_random_weights_lack_are_given():
     layer = detector.backbone.layer1[0].conv1
     assert layer.weight_gamma.abs().max() == 0 or layer.weight_gamma.min() == 1
     weight = layer.weight.clone()
-    zoo_trial.scale(detector)
+    zoo_trial.settle(detector)
     assert torch.equal(layer.weight, weight)
     expected = weight.flatten(1).var(1).add(1e-5).sqrt()
     torch.testing.assert_close(layer.weight_gamma.flatten(), expected)
+
+
+def test_weights_that_only_a_file_sets_are_drawn():
+    """Till then they are what was in the memory."""
+    detector = DETECTORS.build(detectors.trident())
+    layer = detector.backbone.layer3[-1].conv2
+    with torch.no_grad():
+        layer.weight.fill_(torch.nan)
+    others = detector.backbone.layer3[-1].conv1.weight.clone()
+    zoo_trial.settle(detector)
+    assert torch.isfinite(layer.weight).all()
+    assert layer.weight.std() > 0
+    assert torch.equal(detector.backbone.layer3[-1].conv1.weight, others)
 
 
 # A trial of one folder -------------------------------------------------------
