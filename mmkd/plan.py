@@ -567,8 +567,12 @@ def _arithmetic(model: nn.Module, side: int) -> tuple[int, int, int]:
     if broken is not None:
         raise RuntimeError(broken)
     teacher = model.teachers[TEACHER]
+    try:
+        student = _work(lambda: run_detector(model, images, samples))
+    except Exception as error:  # its own trouble, as where it finds nothing
+        raise RuntimeError(str(error)) from error
     return (
-        _work(lambda: run_detector(model, images, samples)),
+        student,
         _work(lambda: teacher.run(images, samples, teacher.pixels)),
         _work(
             lambda: [

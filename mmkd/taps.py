@@ -195,6 +195,33 @@ def recording(
             yield record
 
 
+@contextmanager
+def counting(detector: nn.Module) -> Iterator[list[int]]:
+    """How often a detector's backbone gives each image that it is given.
+
+    TridentNet's heads are shown, while they learn, what each of its branches
+    makes of the batch: one whole batch after the other.
+
+    Args:
+        detector: The detector that the block runs.
+
+    Returns:
+        Of each call of the backbone the number, once the block was left.
+    """
+    found: list[int] = []
+
+    def count(call: Call) -> None:
+        given, made = _tensors(call.args), _tensors(call.output)
+        if given and made:
+            found.append(max(1, len(made[0]) // max(1, len(given[0]))))
+
+    if not isinstance(getattr(detector, 'backbone', None), nn.Module):
+        yield found
+        return
+    with _wrapped(detector.backbone, 'forward', count):
+        yield found
+
+
 def _recorder(record: Record, path: str) -> Callable[[Call], None]:
     return lambda call: record.add(path, call)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmcv.ops import MaskedConv2d
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import get_box_tensor
 from mmengine.config import Config
@@ -46,6 +47,7 @@ from mmkd.pixels import Pixels, translate
 from mmkd.randomness import preserved
 from mmkd.registry import DETECTORS
 from mmkd.store import Store, weights_digest
+from mmkd.structures.nested import pick
 from mmkd.taps import Record, recording, resolve
 
 #: What a cache on disk is told.
@@ -658,8 +660,13 @@ def detections(
             border=(0, shape[0], 0, shape[1]),
         )
         shown.append(DetDataSample(metainfo={**sample.metainfo, **meta}))
-    with torch.no_grad(), fed(detector, maps):
-        found = detector.predict(images, shown, rescale=False)
+    # A masked convolution, as of guided anchors, takes one image.
+    alone = any(isinstance(one, MaskedConv2d) for one in detector.modules())
+    found, most = [], 1 if alone else len(shown)
+    for start in range(0, len(shown), most):
+        part = slice(start, start + most)
+        with torch.no_grad(), fed(detector, pick(maps, part)):
+            found += detector.predict(images[part], shown[part], rescale=False)
     results = [one.pred_instances for one in found]
     for one in results:
         one.bboxes = get_box_tensor(one.bboxes).float()

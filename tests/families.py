@@ -54,6 +54,52 @@ def ddod(base: int = tiny.BASE) -> dict:
     return model
 
 
+def guided(base: int = tiny.BASE) -> dict:
+    """Anchors by what is seen; its convolutions see one image at a time."""
+    model = tiny.retinanet(base)
+    head, train = model.bbox_head, model.train_cfg
+    coder = dict(type='DeltaXYWHBBoxCoder')
+    model.bbox_head = dict(
+        type='GARetinaHead',
+        num_classes=tiny.CLASSES,
+        in_channels=head.in_channels,
+        feat_channels=head.feat_channels,
+        stacked_convs=1,
+        approx_anchor_generator=dict(
+            type='AnchorGenerator',
+            octave_base_scale=4,
+            scales_per_octave=3,
+            ratios=[0.5, 1.0, 2.0],
+            strides=STRIDES,
+        ),
+        square_anchor_generator=dict(
+            type='AnchorGenerator', ratios=[1.0], scales=[4], strides=STRIDES
+        ),
+        anchor_coder=coder,
+        bbox_coder=coder,
+        loc_filter_thr=0.01,
+        loss_loc=dict(type='FocalLoss', use_sigmoid=True),
+        loss_shape=dict(type='BoundedIoULoss', beta=0.2),
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True),
+        loss_bbox=dict(type='SmoothL1Loss', beta=0.04),
+    )
+    sampler = dict(type='RandomSampler', num=256, pos_fraction=0.5)
+    model.train_cfg = dict(
+        train,
+        ga_assigner=dict(
+            type='ApproxMaxIoUAssigner',
+            pos_iou_thr=0.5,
+            neg_iou_thr=0.4,
+            min_pos_iou=0.4,
+            ignore_iof_thr=-1,
+        ),
+        ga_sampler=dict(sampler, add_gt_as_proposals=False),
+        center_ratio=0.2,
+        ignore_ratio=0.5,
+    )
+    return model
+
+
 def tood(base: int = tiny.BASE) -> dict:
     """Its head returns probabilities and decoded boxes."""
     model = heads.atss(base, convs=2)
@@ -396,6 +442,25 @@ def faster_rcnn_c4(base: int = tiny.BASE) -> dict:
         out_channels=4 * base, featmap_strides=[16]
     )
     model.roi_head.bbox_head.in_channels = 4 * base
+    return model
+
+
+def trident(base: int = tiny.BASE) -> dict:
+    """Three branches of one stage, of which one is deployed."""
+    model = faster_rcnn_c4(2 * base)
+    model.type = 'TridentFasterRCNN'
+    branches = dict(num_branch=3, test_branch_idx=1)
+    model.backbone.update(
+        type='TridentResNet',
+        depth=50,
+        base_channels=base // 2,
+        num_stages=3,
+        strides=(1, 2, 2),
+        dilations=(1, 1, 1),
+        trident_dilations=(1, 2, 3),
+        **branches,
+    )
+    model.roi_head.update(type='TridentRoIHead', **branches)
     return model
 
 

@@ -365,6 +365,19 @@ def test_the_same_classes_are_compared(files):
     assert 'classes' not in found.config.model.teachers.teacher
 
 
+def test_what_cannot_be_counted_is_not_told(files, monkeypatch):
+    """Of random weights a second stage may be left without a proposal."""
+
+    def run(*_):
+        raise ValueError('expected a non-empty list of Tensors')
+
+    assert 'multiply-accumulates' in str(plan(*files()))
+    monkeypatch.setattr('mmkd.plan.run_detector', run)
+    found = str(plan(*files()))
+    assert 'Terms add no weights.' in found
+    assert 'multiply-accumulates' not in found
+
+
 # Bad input -------------------------------------------------------------------
 
 

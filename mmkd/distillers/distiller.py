@@ -29,7 +29,7 @@ from mmkd.randomness import preserved, stream_seed
 from mmkd.registry import DETECTORS, MODELS
 from mmkd.structures import Step
 from mmkd.structures.step import Shower
-from mmkd.taps import Record, in_forward, recording
+from mmkd.taps import Record, counting, in_forward, recording
 from mmkd.teachers import Teacher, Teachers, run_detector
 from mmkd.terms.term import Term
 
@@ -225,21 +225,23 @@ class Distilling:
         images, samples, known = labelled_first(
             batch_inputs, batch_data_samples
         )
-        if not phase.supervised:
-            losses = {}
-            with recording(self, paths, stop=True) as record:
-                run_detector(self, images, samples)
-        elif known < len(samples):
-            losses, record = partly_labelled(
-                self, super().loss, images, samples, known, paths
-            )
-        else:
-            with recording(self, paths) as record:
-                losses = super().loss(images, samples)
+        with counting(self) as copies:
+            if not phase.supervised:
+                losses = {}
+                with recording(self, paths, stop=True) as record:
+                    run_detector(self, images, samples)
+            elif known < len(samples):
+                losses, record = partly_labelled(
+                    self, super().loss, images, samples, known, paths
+                )
+            else:
+                with recording(self, paths) as record:
+                    losses = super().loss(images, samples)
         step = self._step(
             record,
             images,
             samples,
+            copies,
             iteration=iteration,
             progress=progress,
             losses=dict(losses),
@@ -289,8 +291,14 @@ class Distilling:
         record: Record,
         images: Tensor,
         samples: SampleList,
+        copies: Sequence[int],
         **position: Any,
     ) -> Step:
+        number = max(copies, default=1)
+        if number > 1:
+            images = images.repeat(number, 1, 1, 1)
+            samples = list(samples) * number
+
         def shower(teacher: Teacher) -> Shower:
             return lambda images, grad=False, shown=samples: teacher.run(
                 images, shown, self._pixels, grad=grad
@@ -301,6 +309,7 @@ class Distilling:
             images=images,
             samples=samples,
             clean=kept(images, samples, self._pixels),
+            copies=number,
             **position,
             teachers={
                 name: shower(teacher)
@@ -375,11 +384,12 @@ class Distilling:
             with (
                 _modes_kept(self),
                 torch.no_grad(),
+                counting(self) as copies,
                 recording(self, paths, stop=True) as record,
             ):
                 self.eval()
                 run_detector(self, images, samples)
-            step = self._step(record, images, samples, dry=True)
+            step = self._step(record, images, samples, copies, dry=True)
             for name in self.teachers:
                 step.teacher(name)
         except Exception as error:  # any detector's own trouble

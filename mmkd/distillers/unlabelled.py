@@ -80,6 +80,7 @@ def partly_labelled(
     rest = images[known:], samples[known:]
     with recording(detector, paths) as record:
         maps = detector.extract_feat(images)
+        _check_once(detector, maps, len(samples))
         heads = [path for path in paths if not record.has(path)]
         with _features(detector, pick(maps, slice(known))):
             losses = loss(images[:known], samples[:known])
@@ -93,6 +94,17 @@ def partly_labelled(
         run_detector(detector, *rest)
     numbers = known, len(samples) - known
     return losses, _joined(record, other, paths, heads, numbers)
+
+
+def _check_once(detector: nn.Module, maps: Any, count: int) -> None:
+    """The labelled images must be the first of what the heads are shown."""
+    shown = {len(one) for one in leaves(maps)}
+    if shown != {count}:
+        raise ValueError(
+            f'{type(detector).__name__} makes maps of {max(shown)} images '
+            f'from a batch of {count}, so that it is not known which are '
+            f'labelled. Train it on labelled images alone.'
+        )
 
 
 def _joined(

@@ -9,6 +9,7 @@ later, and is written as one page.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -318,6 +319,8 @@ def carry_out(trials: Sequence[Trial], jobs: int) -> None:
     running: list[Trial] = []
     for file in PACKAGE.rglob('*.py'):
         source_digest(file)  # as it is now, whatever is edited meanwhile
+    sources_of({})  # what imports what, which each process would read again
+    gc.freeze()  # and what is imported, which each would look through
     before = listen()
     try:
         while waiting or running:
@@ -340,6 +343,7 @@ def carry_out(trials: Sequence[Trial], jobs: int) -> None:
                     flush=True,
                 )
     finally:
+        gc.unfreeze()
         for trial in running:
             trial.stop()
             trial.file.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ SIDES = (128, 256, 384, 512)
 BATCH = 2
 #: Regions of a picture that second stages are given, at most, and where their
 #: number stands in ``train_cfg`` and ``test_cfg``.
-REGIONS = 64
+REGIONS = 16
 LIMITED = (
     ('sampler', 'num'),
     ('rpn_proposal', 'max_per_img'),
@@ -87,6 +87,9 @@ FAMILIES = {
     'instance': ('icd', 'gid'),
     'query': ('detrdistill', 'd3etr', 'kd_detr', 'clock'),
 }
+
+#: The recipe that lets the teacher predict.
+DETECTS = 'predicted'
 
 #: Steps of a trial, in order: up to ``BASE`` plain mmdet is alone.
 STEPS = (
@@ -253,24 +256,46 @@ class Trial:
         Returns:
             What it was shown, and the detector.
         """
-        sides = fixed_side(config) or self.sides
-        for side in sides:
-            shown = Shown.to(config, side)
-            last = side == sides[-1]
+        sides = list(fixed_side(config) or self.sides)
+        while sides:
+            shown = Shown.to(config, sides.pop(0))
             try:
-                return shown, self._train_with(config, shown, last)
+                model = self._train_with(config, shown)
             except _StepError as stopped:
                 # What larger pictures cannot mend.
                 final = (NotImplementedError, ArithmeticError)
                 hopeless = isinstance(stopped.__cause__, final)
                 built = self.record['steps']['build']['error'] is None
-                if last or hopeless or not built:
+                if not sides or hopeless or not built:
                     raise
+                continue
+            enough = self._side_to_predict(model, shown, sides)
+            if enough == shown.side:
+                return shown, model
+            sides = [enough]
         raise AssertionError('no side was tried')
 
-    def _train_with(
-        self, config: Config, shown: Shown, last: bool
-    ) -> nn.Module:
+    def _side_to_predict(
+        self, model: nn.Module, shown: Shown, larger: Sequence[int]
+    ) -> int:
+        """Side of pictures in which plain mmdet finds something to say.
+
+        What it can at no side it is asked nowhere, and the first one is kept.
+        """
+        with self._step('predict') as note:
+            for side in (shown.side, *larger):
+                try:
+                    note['boxes'] = boxes(
+                        predict(model, replace(shown, side=side))
+                    )
+                except Exception as error:  # a detector's own, of any kind
+                    note.setdefault('cannot', said(error)[:WORDS])
+                    continue
+                note.pop('cannot', None)
+                return side
+        return shown.side
+
+    def _train_with(self, config: Config, shown: Shown) -> nn.Module:
         config = shrunk(config, shown.side)
         with self._step('build'):
             # In full, as a structure alone may hide a missing file.
@@ -282,14 +307,6 @@ class Trial:
             # Random weights of a deep one can have gradients whose norm is
             # infinite, of which clipping leaves nothing.
             note['learns'] = moved(before, learned(model.backbone))
-        with self._step('predict') as note:
-            try:
-                note['boxes'] = boxes(predict(model, shown))
-            except Exception as error:
-                if not last:
-                    raise
-                # What mmdet itself cannot is asked of nobody.
-                note['cannot'] = said(error)[:WORDS]
         return model
 
     @property
@@ -303,6 +320,7 @@ class Trial:
             torch.manual_seed(0)
             model = MODELS.build(copy.deepcopy(found.config.model))
             model.init_weights()
+            settle(model)
             learns = self.record['steps']['train']['learns']
             note.update(_distil(model, student, shown, learns=learns))
         with self._step('predict distilled') as note:
@@ -337,7 +355,10 @@ class Trial:
     def _families(self, model: nn.Module, found: Plan, shown: Shown) -> None:
         """One step of a method of each family that fits."""
         with self._step('families') as note:
-            fits = self.record['steps']['methods']['fits']
+            fits = dict(self.record['steps']['methods']['fits'])
+            if not self._predicts:
+                # What mmdet itself cannot is asked of nobody.
+                fits[DETECTS] = 'plain mmdet does not predict here'
             speakers = {
                 family: next((x for x in names if fits[x] is None), None)
                 for family, names in FAMILIES.items()
@@ -433,14 +454,27 @@ def _built(config: Config, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     detector = DETECTORS.build(copy.deepcopy(config.model))
     detector.init_weights()
+    settle(detector)
+    return detector
+
+
+def settle(detector: nn.Module) -> None:
+    """Let random weights be what those of a trained detector are.
+
+    Some convolutions standardise their weights, by a scale that they take
+    from those that they load; by themselves they have none, and DetectoRS
+    overflows. Others have no way to begin but a file: until then the weights
+    of TridentNet's are what was in the memory.
+    """
     for module in detector.modules():
+        own = module._parameters.get('weight')
+        begins = hasattr(module, 'reset_parameters')
+        if own is not None and own.ndim == 4 and not begins:
+            nn.init.kaiming_normal_(own)
         if isinstance(module, ConvAWS2d):
-            # It standardises its weights, by a scale that it takes from those
-            # that it loads; by itself it has none, and DetectoRS overflows.
             own = dict(weight=module.weight, bias=module.bias)
             own = {key: one for key, one in own.items() if one is not None}
             module.load_state_dict(own, strict=False)
-    return detector
 
 
 def save_teacher(config: Config, student: Config, path: Path) -> None:
@@ -507,6 +541,8 @@ def batch(detector: nn.Module, shown: Shown, seed: int = 0) -> dict[str, list]:
         narrow = index % 2 == 1 and not shown.square
         width = shown.side * 7 // 8 if narrow else shown.side
         image, sample = picture(numbers, shown.side, width, classes)
+        if getattr(detector, 'with_rpn', False):
+            del sample.proposals  # they would stand for its own
         if not shown.masks:
             del sample.gt_instances.masks, sample.ignored_instances.masks
         sample.set_metainfo(dict(img_id=index, img_path=f'{index}.png'))

@@ -53,6 +53,9 @@ class Step:
             phase without them.
         dry: Whether shapes are looked at while the model is built, before
             there are weights.
+        copies: How often the student shows each image to its heads, of
+            several branches that learn; images and samples here are those of
+            all of them, one whole batch after the other.
         teachers: Shows images to a teacher, by name.
     """
 
@@ -64,6 +67,7 @@ class Step:
     iteration: int = 0
     losses: Mapping[str, Any] = field(default_factory=dict)
     dry: bool = False
+    copies: int = 1
     teachers: Mapping[str, Shower] = field(default_factory=dict)
     _ran: dict[str, Outputs] = field(default_factory=dict, repr=False)
 
@@ -77,6 +81,12 @@ class Step:
     def shown(self) -> Tensor:
         """The batch as teachers see it, in the student's normalisation."""
         return self.images if self.clean is None else self.clean
+
+    @property
+    def once(self) -> tuple[Tensor, list]:
+        """Images and samples as the student's own loss takes them."""
+        count = len(self.samples) // self.copies
+        return self.images[:count], list(self.samples[:count])
 
     def show(
         self,

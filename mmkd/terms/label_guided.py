@@ -130,9 +130,11 @@ class LabelGuidedTerm(Term):
         knowledge = self.instructor(seen, gt)
         task = step.images.new_zeros(())
         if not step.dry:
-            detector = step.student.detector
+            detector, once = step.student.detector, known // step.copies
             with fed(detector, knowledge), still_statistics(detector):
-                losses = detector.student_class.loss(detector, images, samples)
+                losses = detector.student_class.loss(
+                    detector, images[:once], samples[:once]
+                )
             task = detection_loss(losses)
         if step.progress < self.begin:
             maps = [one.detach() for one in maps]

@@ -138,9 +138,10 @@ class PredictedBoxTerm(Term):
         ]
         detector = step.student.detector
         maps = step.student.at(self.path)
+        images, _ = step.once
         with fed(detector, maps), still_statistics(detector):
             losses = detector.student_class.loss(
-                detector, step.images, samples
+                detector, images, samples[: len(images)]
             )
         count = sum(map(len, found)) / len(found)
         return dict(

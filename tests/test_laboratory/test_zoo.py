@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import families as detectors
 import numpy as np
 import pytest
 import tiny
@@ -299,11 +300,11 @@ def test_second_stages_are_given_fewer_regions_and_no_fewer_than_asked():
     config = Config.fromfile(
         zoo() / 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py'
     )
-    config.model.test_cfg.rpn.max_per_img = 20
+    config.model.test_cfg.rpn.max_per_img = 12
     model = shrunk(config, 128).model
-    assert [one.sampler.num for one in model.train_cfg.rcnn] == [64] * 3
-    assert model.train_cfg.rpn_proposal.max_per_img == 64
-    assert model.test_cfg.rpn.max_per_img == 20
+    assert [one.sampler.num for one in model.train_cfg.rcnn] == [16] * 3
+    assert model.train_cfg.rpn_proposal.max_per_img == 16
+    assert model.test_cfg.rpn.max_per_img == 12
     # What is told at the end is as the config says.
     assert model.test_cfg.rcnn.max_per_img == 100
     assert config.model.train_cfg.rcnn[0].sampler.num == 512
@@ -327,6 +328,13 @@ def test_a_preprocessor_beside_the_model_is_the_model_s(tmp_path):
 # Pictures --------------------------------------------------------------------
 
 SHOWN = Shown(64, masks=True)
+
+
+def fast_rcnn():
+    """It is given proposals."""
+    model = tiny.faster_rcnn()
+    del model['rpn_head'], model['train_cfg']['rpn']
+    return dict(model, type='FastRCNN')
 
 
 @pytest.mark.parametrize(
@@ -380,6 +388,16 @@ def test_annotations_fit_their_pictures_and_the_head():
                 )
                 np.testing.assert_allclose(box, inside, atol=1.5)
             assert set(sample.gt_sem_seg.sem_seg.unique().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ('make', 'given'),
+    [(tiny.faster_rcnn, False), (fast_rcnn, True)],
+)
+def test_proposals_are_given_to_detectors_that_make_none(make, given):
+    """Else mmdet would predict by them, and not by its own."""
+    data = batch(DETECTORS.build(make()), SHOWN)
+    assert ['proposals' in one for one in data['data_samples']] == [given] * 2
 
 
 def test_a_batch_is_the_same_each_time_and_another_for_another_seed():
@@ -534,7 +552,82 @@ def test_mixed_precision_and_warm_up_are_taken_out():
     assert settings['optimizer']['lr'] == 0.02
 
 
+def test_scales_that_random_weights_lack_are_given():
+    """Weights that are standardised and not scaled let layers overflow."""
+    model = tiny.retinanet()
+    model.backbone.conv_cfg = dict(type='ConvAWS')
+    detector = DETECTORS.build(model)
+    layer = detector.backbone.layer1[0].conv1
+    assert layer.weight_gamma.abs().max() == 0 or layer.weight_gamma.min() == 1
+    weight = layer.weight.clone()
+    zoo_trial.settle(detector)
+    assert torch.equal(layer.weight, weight)
+    expected = weight.flatten(1).var(1).add(1e-5).sqrt()
+    torch.testing.assert_close(layer.weight_gamma.flatten(), expected)
+
+
+def test_weights_that_only_a_file_sets_are_drawn():
+    """Till then they are what was in the memory."""
+    detector = DETECTORS.build(detectors.trident())
+    layer = detector.backbone.layer3[-1].conv2
+    with torch.no_grad():
+        layer.weight.fill_(torch.nan)
+    others = detector.backbone.layer3[-1].conv1.weight.clone()
+    zoo_trial.settle(detector)
+    assert torch.isfinite(layer.weight).all()
+    assert layer.weight.std() > 0
+    assert torch.equal(detector.backbone.layer3[-1].conv1.weight, others)
+
+
 # A trial of one folder -------------------------------------------------------
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """What plain mmdet is asked, side by side, of a detector that predicts
+    from so many pixels on."""
+
+    def ask(least, sides=(64, 96, 128)):
+        trial = zoo_trial.Trial('some', tmp_path / 'x.json', zoo(), sides)
+        asked = dict(trained=[], predicted=[])
+
+        def train(config, shown):
+            asked['trained'].append(shown.side)
+            trial.record['steps']['build'] = dict(error=None)
+
+        def predict(model, shown):
+            asked['predicted'].append(shown.side)
+            if shown.side < least:
+                raise RuntimeError('too small')
+            return []
+
+        trial._train_with = train
+        monkeypatch.setattr(zoo_trial, 'predict', predict)
+        shown, _ = trial._plain_training(Config(dict(model={})))
+        return shown.side, asked, trial.record['steps']['predict']
+
+    return ask
+
+
+def test_what_predicts_at_once_is_asked_once(alone):
+    side, asked, note = alone(least=0)
+    assert side == 64
+    assert asked == dict(trained=[64], predicted=[64])
+    assert 'cannot' not in note
+
+
+def test_the_side_is_one_on_which_it_predicts(alone):
+    side, asked, note = alone(least=100)
+    assert side == 128
+    assert asked == dict(trained=[64, 128], predicted=[64, 96, 128, 128])
+    assert 'cannot' not in note
+
+
+def test_what_predicts_at_no_side_is_not_trained_at_each(alone):
+    side, asked, note = alone(least=1000)
+    assert side == 64
+    assert asked == dict(trained=[64], predicted=[64, 96, 128])
+    assert note['cannot'] == 'RuntimeError: too small'
 
 
 def run_trial(folder, tmp_path, monkeypatch, root=None):
@@ -575,6 +668,25 @@ def test_a_step_that_fails_is_the_last_and_says_why(
     assert verdict(found) == CANNOT
     assert found['side'] == zoo_trial.SIDES[-1]
     assert 'plan.py' in found['sources']
+
+
+@pytest.mark.parametrize('cannot', [{}, dict(cannot='RuntimeError')])
+def test_a_teacher_predicts_where_plain_mmdet_can(
+    cannot, tmp_path, monkeypatch
+):
+    trial = zoo_trial.Trial('some', tmp_path / 'x.json', zoo())
+    fits = dict.fromkeys(RECIPES, 'it does not fit')
+    fits |= dict(pkd=None, predicted=None)
+    trial.record['steps'] = dict(predict=cannot, methods=dict(fits=fits))
+    monkeypatch.setattr(zoo_trial, 'recipe', lambda name, pair: {})
+    monkeypatch.setattr(
+        zoo_trial, '_hear', lambda model, terms, shown: dict.fromkeys(terms)
+    )
+    found = type('Plan', (), dict(pair=None))
+    trial._families(None, found, SHOWN)
+    response = [] if cannot else ['response']
+    assert families(trial.record) == ['feature', *response]
+    assert trial.record['steps']['methods']['fits']['predicted'] is None
 
 
 # The sweep -------------------------------------------------------------------

@@ -147,6 +147,24 @@ def test_they_are_what_the_teacher_deploys(kind, build, small):
     assert losses['kd_x_found'] == number / 2
 
 
+def test_heads_that_take_one_image_are_asked_one_by_one(build, small):
+    """Guided anchors are made by convolutions that mask one image."""
+    model = build(teacher=families.guided, score_thr=0.0)
+    images, samples = tiny.batch()
+    expected = [
+        own_words(model, images[index : index + 1], samples[index : index + 1])
+        for index in range(len(samples))
+    ]
+    seen = watched(model)
+    model.loss(images, samples)
+    for (one,), found in zip(expected, seen['found'], strict=True):
+        assert len(one) > 0
+        torch.testing.assert_close(
+            found.bboxes, one.bboxes, rtol=1e-4, atol=1e-3
+        )
+        torch.testing.assert_close(found.scores, one.scores)
+
+
 def test_a_border_that_only_the_teacher_sees_moves_nothing(build, small):
     """Queries mask it, so the teacher is told how large its images are."""
     teacher = partial(detrs.detr, 'deformable')
@@ -344,6 +362,7 @@ class Given:
             scores=torch.tensor(scores),
         )
         self.sample = type('Sample', (), dict(pred_instances=one))
+        self.modules = list
 
     def at(self, path):
         return ()
