@@ -118,7 +118,8 @@ def relation(tokens):
 def divergence(own, other):
     own, other = relation(own), relation(other)
     return [
-        sum(t * (t / s).log() for s, t in zip(*rows)) for rows in zip(own, other)
+        sum(t * (t / s).log() for s, t in zip(*rows))
+        for rows in zip(own, other)
     ]
 
 
@@ -177,6 +178,11 @@ def pairwise_giou(first, second):
 @pytest.mark.parametrize('term', ['Layers', 'Samples'])
 def test_the_order_of_queries_does_not_matter(tmp_path, side, term):
     model = distilled(tmp_path, 'detr', 'refine', term)
+    for one in model.modules():  # chance knows places
+        if isinstance(one, nn.Dropout):
+            one.p = 0.0
+        elif isinstance(one, nn.MultiheadAttention):
+            one.dropout = 0.0
     before = shares(model)
     detector = model if side == 'student' else model.teachers['big'].detector
     permute_queries(detector, torch.randperm(detector.num_queries))
@@ -281,7 +287,9 @@ def test_the_student_learns_from_other_kinds(tmp_path, kind, of, term):
     assert all(one.grad is None for one in teacher.parameters())
 
 
-@pytest.mark.parametrize(('kind', 'of'), [('ddq', 'refine'), ('refine', 'ddq')])
+@pytest.mark.parametrize(
+    ('kind', 'of'), [('ddq', 'refine'), ('refine', 'ddq')]
+)
 def test_queries_that_change_are_refused(tmp_path, kind, of):
     with pytest.raises(ValueError, match=r"parts=\('encoder',\)"):
         distilled(tmp_path, kind, of)
