@@ -86,6 +86,12 @@ PAPERS = {
         'test_terms/test_mlkd_bert.py',
         tiny='mlkd-bert-fpn_tiny',
     ),
+    'MLKD-BERT on queries': Paper(
+        'mlkd-bert',
+        '2407.02775',
+        'test_terms/test_mlkd_bert_queries.py',
+        tiny='mlkd-bert-detr_tiny',
+    ),
     'UHKD': Paper('uhkd', '2510.24116', 'test_losses/test_uhkd.py'),
     'ALP-KD': Paper('alp', '2012.14022', 'test_losses/test_alp.py'),
     'SemCKD': Paper('semckd', '2012.03236', 'test_losses/test_semckd.py'),
