@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,13 +24,18 @@ from mmkd.ops.relations import relation_divergence
 from mmkd.ops.windows import grid_tokens
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Outputs, Step
-from mmkd.taps import crop
+from mmkd.taps import crop, maps_of
 from mmkd.terms.mlkd_bert import uniform_map
-from mmkd.terms.queries import (
-    Answers,
-    answers,
-    bind_queries,
-    own_queries,
+from mmkd.terms.queries import answers, bind_queries, own_queries
+from mmkd.terms.query_matching import (
+    Objects,
+    class_logits,
+    map_sizes,
+    maps_path,
+    nearest_map,
+    of_layers,
+    queries_of,
+    to_maps,
 )
 from mmkd.terms.term import Term
 
@@ -40,8 +43,9 @@ if TYPE_CHECKING:
     from mmkd.teachers import Teacher
 
 PARTS = ('encoder', 'decoder')
-#: Maps that become the encoder's tokens.
-MAPS = 'neck'
+#: The same tokens of student and teacher, (N, T, C) each, and whether they
+#: are there, (N, T).
+Tokens = tuple[Tensor, Tensor, Tensor]
 
 
 @MODELS.register_module()
@@ -57,10 +61,9 @@ class MLKDBertQueryLayersTerm(Term):
     from that of the teacher which is nearest in size, both as means over the
     cells of one grid; cells of the padded border count on neither side. Those
     of a decoder are queries: the Hungarian method pairs the last boxes of both
-    sides, of which no two detectors need as many, and what is not paired is
-    left out. Denoising queries are, too. In attention that goes to a few
-    points, and in that of ``nn.MultiheadAttention``, heads are read alike,
-    before they are mixed.
+    sides, and what is not paired is left out. Denoising queries are, too. In
+    attention that goes to a few points, and in that of
+    ``nn.MultiheadAttention``, heads are read alike, before they are mixed.
 
     Args:
         teacher: Name of the teacher.
@@ -144,14 +147,13 @@ class MLKDBertQueryLayersTerm(Term):
         )
         for (detector, side, tap), width in zip(sides, self.channels):
             self._check(student, detector, side, width)
-            if 'encoder' in self.parts:
-                tap(MAPS)
             for part in self.parts:
-                for index in range(len(detector.get_submodule(part).layers)):
-                    layer = f'{part}.layers.{index}'
+                for layer in _layers(detector, part):
                     tap(_heads_at(detector, layer))
                     if part == 'encoder':
                         tap(layer)
+            if 'encoder' in self.parts:
+                tap(maps_path(detector))
 
     def _check(
         self, student: nn.Module, detector: nn.Module, side: str, width: int
@@ -186,99 +188,60 @@ class MLKDBertQueryLayersTerm(Term):
         return student.get_submodule(part).layers[0].self_attn.num_heads
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        shown = step.teacher(self.teacher)
-        sides = step.student, shown
-        heard, left, shares = [], [], {}
-        if 'encoder' in self.parts:
-            heights = step.images.shape[-2], shown.size[0]
-            levels = _levels(sides, heights)
-            emb = sum(
-                relation_divergence(*self._pooled(step, shown, *pair))
-                for pair in _paired(*(_maps(one) for one in sides), levels)
-            )
-            shares['emb'] = self.emb_weight * emb
-            for own, other in self._layers(*sides, 'encoder'):
-                layers = own, other
-                for pair in _paired(*map(_heads_map, sides, layers), levels):
-                    tokens = self._pooled(step, shown, *pair)
-                    heard.append(self._related('encoder', sides, *tokens))
-                for pair in _paired(*map(_output_map, sides, layers), levels):
-                    tokens = self._pooled(step, shown, *pair)
-                    left.append(self._projected('encoder', *tokens))
-        if 'decoder' in self.parts:
-            said, heeded = answers(step.student), answers(shown).detach()
-            rows, there = assign(
-                pairwise_box_cost(
-                    said.boxes[-1], heeded.boxes[-1], **self.costs
-                )
-            )
-            for own, other in self._layers(*sides, 'decoder'):
-                both = []
-                for one, path in zip(sides, (own, other)):
-                    tokens = _heads(one, _heads_at(one.detector, path))
-                    queries = own_queries(one, tokens.shape[1])
-                    both.append(tokens[:, queries])
-                tokens = pick_queries(both[0], rows), both[1].detach()
-                heard.append(self._related('decoder', sides, *tokens, there))
-                index = [int(path.rpartition('.')[2]) for path in (own, other)]
-                left.append(
-                    self._projected(
-                        'decoder',
-                        pick_queries(said.states[index[0]], rows),
-                        heeded.states[index[1]],
-                        there,
-                    )
-                )
-        shares['mha'] = self.mha_weight * sum(heard)
-        shares['ffn'] = self.ffn_weight * sum(left)
+        sides = step.student, step.teacher(self.teacher)
+        mha, ffn, shares = [], [], {}
+        for part in self.parts:
+            said = getattr(self, f'_{part}')(step, *sides)
+            splits = self._splits(step.student.detector, part)
+            mha += [related(splits, *one) for one in said['mha']]
+            ffn += [self._projected(part, *one) for one in said['ffn']]
+            if 'emb' in said:
+                emb = sum(relation_divergence(*one) for one in said['emb'])
+                shares['emb'] = self.emb_weight * emb
+        shares['mha'] = self.mha_weight * sum(mha)
+        shares['ffn'] = self.ffn_weight * sum(ffn)
         return shares
 
-    def _layers(
-        self, student: Outputs, shown: Outputs, part: str
-    ) -> list[tuple[str, str]]:
-        """Paths of the layers of either side that belong together."""
-        counts = [
-            len(one.detector.get_submodule(part).layers)
-            for one in (student, shown)
-        ]
-        return [
-            (f'{part}.layers.{own}', f'{part}.layers.{other}')
-            for own, other in enumerate(uniform_map(*counts))
-        ]
+    def _encoder(
+        self, step: Step, student: Outputs, shown: Outputs
+    ) -> dict[str, list[Tokens]]:
+        sides = student, shown
+        own, other = (_layers(one.detector, 'encoder') for one in sides)
+        said = dict(emb=self._pooled(step, *map(_entering, sides)))
+        said |= dict(mha=[], ffn=[])
+        for one, like in enumerate(uniform_map(len(own), len(other))):
+            both = list(zip(sides, (own[one], other[like])))
+            heads = [_as_maps(side, _heads(side, path)) for side, path in both]
+            outputs = [_as_maps(side, side.at(path)) for side, path in both]
+            said['mha'] += self._pooled(step, *heads)
+            said['ffn'] += self._pooled(step, *outputs)
+        return said
+
+    def _decoder(
+        self, step: Step, student: Outputs, shown: Outputs
+    ) -> dict[str, list[Tokens]]:
+        own, other = answers(student), answers(shown).detach()
+        index, found = assign(
+            pairwise_box_cost(own.boxes[-1], other.boxes[-1], **self.costs)
+        )
+        layers = uniform_map(len(own.states), len(other.states))
+        heads = zip(_own_heads(student), _own_heads(shown)[layers].detach())
+        states = zip(own.states, other.states[layers])
+        return {
+            part: [(pick_queries(one, index), like, found) for one, like in on]
+            for part, on in (('mha', heads), ('ffn', states))
+        }
 
     def _pooled(
-        self, step: Step, shown: Outputs, own: Tensor, other: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens of one grid, and which are there."""
-        (other,) = crop((other.detach(),), shown.size, step.images.shape[-2:])
-        grid = tuple(
-            min(cells)
-            for cells in zip(own.shape[-2:], other.shape[-2:], self.grid)
-        )
-        (tokens, there), (like, also) = (
-            grid_tokens(
-                one,
-                valid_mask(step.gt, tuple(one.shape[-2:]), keep_ignored=True),
-                grid,
-            )
-            for one in (own, other)
-        )
-        return tokens, like, there & also
-
-    def _related(
-        self,
-        part: str,
-        sides: tuple[Outputs, Outputs],
-        own: Tensor,
-        other: Tensor,
-        there: Tensor,
-    ) -> Tensor:
-        splits = self._splits(sides[0].detector, part)
-        own, other = (
-            as_float(one).unflatten(2, (splits, -1)).transpose(1, 2)
-            for one in (own, other)
-        )  # N, A, T, C / A
-        return relation_divergence(own, other, there[:, None])
+        self, step: Step, own: Sequence[Tensor], other: Sequence[Tensor]
+    ) -> list[Tokens]:
+        """Cells of one grid for each of the student's levels."""
+        shown = step.teacher(self.teacher).size
+        other = crop(other, shown, step.images.shape[-2:])
+        return [
+            grid_pair(step.gt, one, other[nearest_map(one, other)], self.grid)
+            for one in own
+        ]
 
     def _projected(
         self, part: str, own: Tensor, other: Tensor, there: Tensor
@@ -289,23 +252,60 @@ class MLKDBertQueryLayersTerm(Term):
         return weighted_mean(error, there)
 
 
+def related(splits: int, own: Tensor, other: Tensor, there: Tensor) -> Tensor:
+    """Divergence of the relations of tokens, split by split.
+
+    Args:
+        splits: Into which channels are cut.
+        own, other: Tokens of both sides, (N, T, C) and (N, T, C').
+        there: Whether they are, (N, T).
+    """
+    own, other = (
+        as_float(one).unflatten(2, (splits, -1)).transpose(1, 2)
+        for one in (own, other)
+    )  # N, splits, T, C / splits
+    return relation_divergence(own, other, there[:, None])
+
+
+def grid_pair(
+    gt: GroundTruth, own: Tensor, other: Tensor, most: tuple[int, int]
+) -> Tokens:
+    """Means of both maps over the cells of one grid.
+
+    Args:
+        gt: Of the batch, which knows its border.
+        own, other: Maps, (N, C, h, w), of any two sizes.
+        most: Rows and columns of the grid, if the maps have as many.
+    """
+    sizes = own.shape[-2:], other.shape[-2:]
+    grid = tuple(map(min, *sizes, most))
+    (tokens, there), (like, also) = (
+        grid_tokens(one, valid_mask(gt, size, keep_ignored=True), grid)
+        for one, size in zip((own, other.detach()), sizes)
+    )
+    return tokens, like, there & also
+
+
 @MODELS.register_module()
 class MLKDBertQuerySamplesTerm(Term):
     r"""The second stage for detectors of queries: objects as their queries.
 
     A sample is an object, of all images and processes, as the state of the
-    query that answers for it: on either side the one that the Hungarian
-    method gives to it. Query by query ``ss`` and ``sc`` are those of
+    query that answers for it: on either side the one that DETR's matching
+    gives to it. ``ss`` and ``sc`` are those of
     :class:`mmkd.losses.mlkd_bert_samples.MLKDBertSampleLoss`, ``kd`` is the
     tempered divergence of classes, and ``box`` DETR's distances of boxes.
     Where one side has a softmax and the other does not, the chances of
-    classes are compared one by one.
+    classes are compared one by one. An object for which a side has no query
+    left counts in no part.
 
     Args:
         teacher: Name of the teacher.
         student_channels, teacher_channels: Of the states of either side.
         temperature: Of the classes.
         contrast_temperature: Of ``sc``; ours.
+        l1_weight, giou_weight: Of the distances of boxes, in the matching and
+            in ``box``.
         ss_weight, sc_weight, kd_weight, box_weight: Of each part.
         schedule: Factor over the training; constant 1 if None.
 
@@ -317,7 +317,6 @@ class MLKDBertQuerySamplesTerm(Term):
 
     Reference:
         As :class:`MLKDBertQueryLayersTerm`. Ours: objects as samples, the
-        matching (DETR's costs, chances in place of the focal cost), the
         boxes, and the matrix of ``sc``.
     """
 
@@ -328,6 +327,8 @@ class MLKDBertQuerySamplesTerm(Term):
         teacher_channels: int,
         temperature: float = 2.0,
         contrast_temperature: float = 0.1,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
         ss_weight: float = 1.0,
         sc_weight: float = 1.0,
         kd_weight: float = 1.0,
@@ -344,6 +345,7 @@ class MLKDBertQuerySamplesTerm(Term):
         self.channels = student_channels, teacher_channels
         self.temperature = temperature
         self.contrast_temperature = contrast_temperature
+        self.l1_weight, self.giou_weight = l1_weight, giou_weight
         self.weights = dict(
             ss=ss_weight, sc=sc_weight, kd=kd_weight, box=box_weight
         )
@@ -373,100 +375,60 @@ class MLKDBertQuerySamplesTerm(Term):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         gt = step.gt
-        shown = step.teacher(self.teacher)
-        said, heeded = answers(step.student), answers(shown).detach()
-        own, other = (of_objects(one, gt) for one in (said, heeded))
-        both = own.found & other.found
-        there = both[gt.image, gt.place]
-        states = [
-            gather_rows(as_float(one.states)[gt.image, gt.place])
-            for one in (own, other)
-        ]
-        labels, kept = gather_rows(gt.labels), gather_rows(there)
+        labels = gather_rows(gt.labels)
+        own, other = (
+            of_layers(one, [-1])
+            for one in (
+                answers(step.student),
+                answers(step.teacher(self.teacher)).detach(),
+            )
+        )
         if not len(labels):
-            touched = said.logits, said.boxes, said.states
-            nothing = sum(map(zero_of, (*touched, self.projection.weight)))
-            return dict.fromkeys(self.weights, nothing)
-        with full_precision(states[0]):
-            pair = torch.cat([self.projection(states[0]), states[1]])
-        l1, error = query_box_errors(own.boxes, other.boxes)
+            touched = own.logits, own.boxes, own.states, self.projection.weight
+            return dict.fromkeys(self.weights, sum(map(zero_of, touched)))
+        objects = Objects.of(gt)
+        costs = self.l1_weight, self.giou_weight
+        index, found = zip(
+            *(queries_of(one, objects, *costs) for one in (own, other))
+        )
+        both = found[0] & found[1]  # 1, N, M
+        logits, targets, softmax = class_logits(own, other)
+        logits, boxes, states = (
+            [pick_queries(*one) for one in zip(pair, index)]
+            for pair in (
+                (logits, targets),
+                (own.boxes, other.boxes),
+                (own.states, other.states),
+            )
+        )
+        l1, error = query_box_errors(*boxes)
+        classes = query_class_divergence(*logits, softmax, self.temperature)
+        distance = self.l1_weight * l1 + self.giou_weight * error
+        flat = 0, gt.image, gt.place
+        rows = [gather_rows(as_float(one)[flat]) for one in states]
+        kept = gather_rows(both[flat])
+        with full_precision(rows[0]):
+            pair = torch.cat([self.projection(rows[0]), rows[1]])
         shares = dict(
-            ss=relation_divergence(*states, kept),
+            ss=relation_divergence(*rows, kept),
             sc=supervised_contrast(
-                pair, labels.repeat(2), self.contrast_temperature
+                pair,
+                labels.repeat(2),
+                self.contrast_temperature,
+                kept.repeat(2),
             ),
-            kd=weighted_mean(self._classes(own, other, said, heeded), both),
-            box=weighted_mean(5 * l1 + 2 * error, both),
+            kd=weighted_mean(classes, both),
+            box=weighted_mean(distance, both),
         )
         return {key: self.weights[key] * one for key, one in shares.items()}
 
-    def _classes(
-        self, own: Objects, other: Objects, said: Answers, heeded: Answers
-    ) -> Tensor:
-        alike = said.softmax == heeded.softmax
-        logits = [
-            one.logits if alike or not side.softmax else _bernoulli(one.logits)
-            for one, side in ((own, said), (other, heeded))
-        ]
-        return query_class_divergence(
-            *logits, alike and said.softmax, self.temperature
-        )
+
+# What layers say -------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Objects:
-    """What a detector says of each object, image by image.
-
-    Attributes:
-        logits, boxes, states: As those of Answers, (N, most, …).
-        found: Whether there is an object that has a query, (N, most).
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    states: Tensor
-    found: Tensor
-
-
-def of_objects(
-    given: Answers,
-    gt: GroundTruth,
-    class_weight: float = 2.0,
-    l1_weight: float = 5.0,
-    giou_weight: float = 2.0,
-) -> Objects:
-    """The last answers of the queries that answer for the objects.
-
-    Args:
-        given: Of one detector.
-        gt: The objects.
-        class_weight, l1_weight, giou_weight: Of the three costs.
-    """
-    sizes = gt.image_sizes[gt.image].to(gt.boxes)
-    corner = gt.boxes / sizes.repeat(1, 2)
-    low, high = corner.split(2, -1)
-    boxes = gt.spread(torch.cat([(low + high) / 2, high - low], -1))
-    there = gt.spread(torch.ones_like(gt.labels)).bool()
-    labels = gt.spread(gt.labels)[:, None]
-    chances = given.chances[-1]
-    chance = chances.gather(
-        2, labels.expand(-1, chances.shape[1], -1).clamp(min=0)
-    )
-    cost = pairwise_box_cost(given.boxes[-1], boxes, l1_weight, giou_weight)
-    cost = (cost - class_weight * chance).masked_fill(~there[:, None], 0)
-    rows, found = assign(cost)
-    return Objects(
-        *(
-            pick_queries(one[-1], rows)
-            for one in (given.logits, given.boxes, given.states)
-        ),
-        found & there,
-    )
-
-
-def _bernoulli(logits: Tensor) -> Tensor:
-    """Logits, with a background → of each class by itself."""
-    return as_float(logits).softmax(-1)[..., :-1].logit(eps=1e-6)
+def _layers(detector: nn.Module, part: str) -> list[str]:
+    count = len(detector.get_submodule(part).layers)
+    return [f'{part}.layers.{index}' for index in range(count)]
 
 
 def _heads_at(detector: nn.Module, layer: str) -> str:
@@ -480,8 +442,9 @@ def _heads_at(detector: nn.Module, layer: str) -> str:
     return f'{path}.attn'
 
 
-def _heads(outputs: Outputs, path: str) -> Tensor:
+def _heads(outputs: Outputs, layer: str) -> Tensor:
     """Outputs of all heads, one beside the other, (N, T, C)."""
+    path = _heads_at(outputs.detector, layer)
     args, given = outputs.inputs(path)
     module = outputs.detector.get_submodule(path)
     if isinstance(module, nn.MultiheadAttention):
@@ -489,44 +452,20 @@ def _heads(outputs: Outputs, path: str) -> Tensor:
     return args[0]
 
 
-def _heads_map(outputs: Outputs, layer: str) -> list[Tensor]:
-    tokens = _heads(outputs, _heads_at(outputs.detector, layer))
-    return _split(tokens, _maps(outputs))
+def _own_heads(outputs: Outputs) -> Tensor:
+    """Those of the decoder, of a detector's own queries, (L, N, Q, C)."""
+    detector = outputs.detector
+    layers = _layers(detector, 'decoder')
+    found = torch.stack([_heads(outputs, layer) for layer in layers])
+    return found[:, :, own_queries(detector, found.shape[2])]
 
 
-def _output_map(outputs: Outputs, layer: str) -> list[Tensor]:
-    return _split(outputs.at(layer), _maps(outputs))
+def _entering(outputs: Outputs) -> tuple[Tensor, ...]:
+    """The maps that become the encoder's tokens."""
+    path = maps_path(outputs.detector)
+    maps = maps_of(outputs.at(path), f'The tap {path!r}')
+    return maps[-len(map_sizes(outputs)) :]
 
 
-def _maps(outputs: Outputs) -> Sequence[Tensor]:
-    return tuple(outputs.at(MAPS))
-
-
-def _split(tokens: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-    """Tokens of all levels, (N, T, C) → maps, (N, C, H, W) each."""
-    sizes = [tuple(one.shape[-2:]) for one in maps]
-    parts = tokens.split([rows * columns for rows, columns in sizes], 1)
-    return [
-        part.transpose(1, 2).unflatten(2, size)
-        for part, size in zip(parts, sizes)
-    ]
-
-
-def _levels(
-    sides: tuple[Outputs, Outputs], heights: tuple[int, int]
-) -> list[int]:
-    """Of each of the student's levels, the teacher's of nearest stride."""
-    own, other = (
-        [math.log(one.shape[-2] / height) for one in _maps(side)]
-        for side, height in zip(sides, heights)
-    )
-    return [
-        min(range(len(other)), key=lambda index: abs(other[index] - size))
-        for size in own
-    ]
-
-
-def _paired(
-    own: Sequence[Tensor], other: Sequence[Tensor], levels: Sequence[int]
-) -> list[tuple[Tensor, Tensor]]:
-    return [(one, other[level]) for one, level in zip(own, levels)]
+def _as_maps(outputs: Outputs, tokens: Tensor) -> tuple[Tensor, ...]:
+    return to_maps(tokens.mT, map_sizes(outputs))

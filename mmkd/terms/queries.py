@@ -151,11 +151,6 @@ def answers(outputs: Outputs) -> Answers:
     return found.of(own_queries(detector, logits.shape[2]))
 
 
-def own_queries(outputs: Outputs, total: int) -> slice:
-    """Which of all queries of a pass are a detector's own, first to last."""
-    return _own(outputs.detector, total)
-
-
 def question(outputs: Outputs) -> dict[str, Tensor]:
     """A detector's own queries, as its decoder was given them.
 
