@@ -447,7 +447,7 @@ def _heads(outputs: Outputs, layer: str) -> Tensor:
     path = _heads_at(outputs.detector, layer)
     args, given = outputs.inputs(path)
     module = outputs.detector.get_submodule(path)
-    if isinstance(module, nn.MultiheadAttention):
+    if hasattr(module, 'in_proj_weight'):  # nn.MultiheadAttention's
         return heads_of(module, args, given)[0]
     return args[0]
 

@@ -56,6 +56,12 @@ class Paper:
 PAPERS = {
     'LSH': Paper('lsh', '2011.01424', 'test_losses/test_lsh.py'),
     'MaKD': Paper('makd', '2604.03110', 'test_terms/test_multi_aspect.py'),
+    'MaKD on queries': Paper(
+        'makd',
+        '2604.03110',
+        'test_terms/test_multi_aspect_queries.py',
+        tiny='makd-detr_tiny',
+    ),
     'Residual KD': Paper(
         'residual-kd', '2002.09168', 'test_terms/test_residual.py'
     ),

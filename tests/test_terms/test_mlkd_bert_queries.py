@@ -54,40 +54,6 @@ def of(which, student, teacher, batch=None, **settings):
     return term, detrs.step_of(term, student, teacher, batch)
 
 
-# Heads of an attention -------------------------------------------------------
-
-
-@pytest.mark.parametrize('first', [True, False])
-def test_heads_mixed_are_what_attention_returns(first):
-    torch.manual_seed(0)
-    attention = nn.MultiheadAttention(8, 2, batch_first=first)
-    nn.init.normal_(attention.in_proj_bias)
-    x = torch.randn(3, 5, 8)
-    given = x if first else x.transpose(0, 1)
-    padding = torch.zeros(3, 5, dtype=torch.bool)
-    padding[1, 3:] = True
-    mask = torch.zeros(5, 5, dtype=torch.bool)
-    mask[0, 2] = True
-    heads, rows = heads_of(
-        attention,
-        (given, given, given),
-        dict(key_padding_mask=padding, attn_mask=mask),
-    )
-    expected, seen = attention(
-        given,
-        given,
-        given,
-        key_padding_mask=padding,
-        attn_mask=mask,
-        average_attn_weights=False,
-    )
-    if not first:
-        expected = expected.transpose(0, 1)
-    torch.testing.assert_close(attention.out_proj(heads), expected)
-    torch.testing.assert_close(rows, seen)
-    torch.testing.assert_close(rows.sum(-1), torch.ones(3, 2, 5))
-
-
 # The first stage -------------------------------------------------------------
 
 
