@@ -66,6 +66,7 @@ class Teacher:
         inherit: Which parts the student starts from: ``True`` for neck and
             heads, a sequence of names such as ``('neck', 'bbox_head')`` or
             ``('bbox_head.retina_cls',)`` for these alone, ``False`` for none.
+            A parameter of the detector itself is a part, too.
         ema: Take the averaged weights where the file has them.
         sham: A control for experiments: show the teacher the next image of
             the batch instead, so that its targets are those of a teacher but

@@ -250,14 +250,17 @@ def _memory(outputs: Outputs) -> Tensor:
     return given['memory']
 
 
-def inside_maps(outputs: Outputs) -> tuple[Tensor, ...]:
-    """1 where the memory is of the image and not of its padded border."""
+def inside_tokens(outputs: Outputs) -> Tensor:
+    """1 where the memory is of the image, 0 in its padded border, (N, S)."""
     _, given = outputs.inputs(DECODER)
     memory, border = given['memory'], given.get('memory_mask')
     inside = memory.new_ones(memory.shape[:2], dtype=torch.float32)
-    if border is not None:
-        inside = inside * ~border.bool()
-    return to_maps(inside[:, None], map_sizes(outputs))
+    return inside if border is None else inside * ~border.bool()
+
+
+def inside_maps(outputs: Outputs) -> tuple[Tensor, ...]:
+    """The same as maps, (N, 1, h, w) each."""
+    return to_maps(inside_tokens(outputs)[:, None], map_sizes(outputs))
 
 
 def to_maps(
