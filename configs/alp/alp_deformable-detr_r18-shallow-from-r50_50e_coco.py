@@ -13,10 +13,11 @@ Schedule: 50 epochs of 32 images a step (16 GPUs x 2) at learning rate 0.0002;
 Changed besides model: nothing.
 Teacher's weights: MMDetection's zoo, downloaded at the start; or your file:
     --cfg-options model.teachers.r50.checkpoint=FILE
-Notes: the AP alone is of six layers of encoder and decoder, second-hand, by
-    the authors of DETRDistill. The student has three; each attends to all six
-    of the teacher's. It is asked the teacher's queries in a pass of their own,
-    and what it answers is compared beside it. Both weights are untuned.
+Notes: the AP alone is of six layers of encoder and decoder, by the authors of
+    DETRDistill; the zoo has no R-18. The student has three, each of which
+    attends to all six of the teacher's. It is asked the teacher's queries in a
+    pass of their own, and what it answers is compared beside it. Both weights
+    are untuned.
 """
 
 _base_ = '../_base_/students/deformable-detr_r18_16xb2-50e_shallow.py'

@@ -100,6 +100,12 @@ PAPERS = {
     ),
     'UHKD': Paper('uhkd', '2510.24116', 'test_losses/test_uhkd.py'),
     'ALP-KD': Paper('alp', '2012.14022', 'test_losses/test_alp.py'),
+    'ALP-KD on queries': Paper(
+        'alp',
+        '2012.14022',
+        'test_terms/test_alp_queries.py',
+        tiny='alp-detr_tiny',
+    ),
     'SemCKD': Paper('semckd', '2012.03236', 'test_losses/test_semckd.py'),
     'BackwardPass': Paper(
         'backward-pass', '2301.12006', 'test_terms/test_backward_pass.py'
