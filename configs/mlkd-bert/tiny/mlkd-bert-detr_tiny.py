@@ -22,11 +22,11 @@ model = dict(
     ),
     phases=[
         dict(
-            length=60,
+            length=80,
             train=('backbone', 'neck', 'encoder', 'decoder'),
             terms='layers',
             supervised=False,
         ),
-        dict(length=100, terms='samples'),
+        dict(length=80, terms='samples'),
     ],
 )
