@@ -267,7 +267,8 @@ def test_u5_without_weight_it_is_plain_training(paper, weights, hub):
         for teacher in config.teachers.values():
             teacher.pop('inherit', None)  # it would start elsewhere
         students = []
-        for model in (config, student_config(config)):
+        plain = student_config(copy.deepcopy(config))  # builds write into it
+        for model in (config, plain):
             torch.manual_seed(0)
             student = MODELS.build(model)
             student.init_weights()
