@@ -24,7 +24,7 @@ model = dict(
             type='mmkd.SharedQueryTerm',
             teacher='whole',
             general=0,
-            schedule=dict(type='mmkd.Between', begin=0.2),
+            schedule=dict(type='mmkd.Between', begin=0.5),
         ),
     ),
 )
