@@ -93,9 +93,11 @@ setup(
     # Neither stack is required: both own the folders mmengine, mmcv and
     # mmdet, and one must not be pulled over the other.
     install_requires=[
+        'lmdb>=1.4',
         'matplotlib',
         'numpy',
         'pycocotools',
+        'safetensors',
         'scipy',
         'setuptools>=77.0.3,<82',  # from 82 on without pkg_resources
         'torch>=2.6',

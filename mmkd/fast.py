@@ -24,7 +24,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmkd.checks import check_name, check_positive
-from mmkd.memory import weights_of
+from mmkd.memory import versions_of
 from mmkd.structures.nested import leaves
 from mmkd.taps import Record
 
@@ -155,18 +155,18 @@ class Fast:
             paths: The taps. Where some of them were not compared yet, the
                 detector itself runs as well.
         """
-        self._check_weights(images.device)
+        self._check_weights()
         if self._compared is None or not self._compared.issuperset(paths):
             return self._choose(run, images, paths)
         if self._chosen is None:
             return run(self.detector, images)
         return self._run(self._chosen, run, images)
 
-    def _check_weights(self, device: torch.device) -> None:
+    def _check_weights(self) -> None:
         """Forget a copy of weights that have changed or moved since."""
-        versions = [one._version for one in weights_of(self.detector)]
-        if [device, *versions] != self._versions:
-            self._copy, self._versions = None, [device, *versions]
+        versions = versions_of(self.detector)
+        if versions != self._versions:
+            self._copy, self._versions = None, versions
 
     def _choose(
         self, run: Run, images: Tensor, paths: Sequence[str]

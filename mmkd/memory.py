@@ -11,6 +11,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmkd.checks import check_positive
+from mmkd.store import Outputs, Store
 from mmkd.structures.nested import apply, join, leaves
 from mmkd.taps import Call, Record
 
@@ -19,9 +20,6 @@ GIB = 2**30
 #: An image's outputs may differ by this share of the largest value between
 #: a batch and the image alone; half precision stays below it.
 TOLERANCE = 0.02
-
-#: Outputs of one image, call by call, of each tap.
-Outputs = dict[str, list[Any]]
 
 
 class Memory:
@@ -44,18 +42,27 @@ class Memory:
         gib: Room for outputs in main memory, gibibytes. Once it is full, what
             is there stays, and other images are shown anew each time.
         who: Named in messages.
+        store: Where they are on disk, in place of main memory.
 
     Raises:
         ValueError: If ``gib`` is negative.
     """
 
-    def __init__(self, detector: nn.Module, gib: float, who: str) -> None:
-        check_positive(who, cache=gib)
+    def __init__(
+        self,
+        detector: nn.Module,
+        gib: float,
+        who: str,
+        store: Store | None = None,
+    ) -> None:
+        if store is None:
+            check_positive(who, cache=gib)
         self.detector, self.limit, self.who = detector, int(gib * GIB), who
+        self.store = store
         self.size = self.hits = self.misses = 0
         self._kept: dict[tuple, Outputs] = {}
         self._full = self._compared = False
-        self._versions: list[int] = []
+        self._versions: list = []
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -85,8 +92,9 @@ class Memory:
                 images one after the other.
         """
         samples = [one.new(data={}) for one in samples]  # no annotations
-        versions = [one._version for one in weights_of(self.detector)]
+        versions = versions_of(self.detector)
         if versions != self._versions:
+            self._check_same(versions)
             self.forget()
             self._versions = versions
         entries = [
@@ -96,10 +104,19 @@ class Memory:
         record = Remembered(self.detector, paths)
         record.size = tuple(images.shape[-2:])
         record.fill(entries, images.device)
-        if not self._compared and len(images) > 1:
+        if self.misses and not self._compared and len(images) > 1:
             self._compare(record, watch(images, samples), paths)
             self._compared = True
         return record
+
+    def _check_same(self, versions: list) -> None:
+        moved = versions[:1] != self._versions[:1]
+        if self.store is not None and not moved:
+            raise ValueError(
+                f'{self.who} has changed, and what the cache in '
+                f'{self.store.folder} holds is what it said before. A teacher '
+                f'that learns needs cache=0.'
+            )
 
     def _outputs(
         self,
@@ -113,10 +130,20 @@ class Memory:
         if key in self._kept:
             self.hits += 1
             return self._kept[key]
+        name = key[0] + str(shape).encode()
+        if self.store is not None:
+            entry = self.store.read(name, paths, image.device)
+            if entry is not None:
+                self.hits += 1
+                return entry
+            self.store.check_absent()
         self.misses += 1
         record = watch(image, sample)
         entry = {path: record.outputs(path) for path in paths}
-        self._keep(key, entry)
+        if self.store is None:
+            self._keep(key, entry)
+        elif self.store.writable:
+            self.store.write(name, entry)
         return entry
 
     def _keep(self, key: tuple, entry: Outputs) -> None:
@@ -193,6 +220,13 @@ def _close(one: Tensor, other: Tensor) -> bool:
         return True
     scale = other.float().abs().max().clamp(min=1e-6)
     return bool((one.float() - other.float()).abs().max() <= TOLERANCE * scale)
+
+
+def versions_of(detector: nn.Module) -> list:
+    """What changes when a weight is written to, the device first."""
+    weights = list(weights_of(detector))
+    device = weights[0].device if weights else None
+    return [device, *(one._version for one in weights)]
 
 
 def weights_of(detector: nn.Module) -> Iterator[Tensor]:

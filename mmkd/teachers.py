@@ -8,6 +8,8 @@ in eval mode.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,7 +47,11 @@ from mmkd.memory import Memory
 from mmkd.pixels import Pixels, translate
 from mmkd.randomness import preserved
 from mmkd.registry import DETECTORS
+from mmkd.store import Store, weights_digest
 from mmkd.taps import Record, recording, resolve
+
+#: What a cache on disk is told.
+CACHE_KEYS = ('folder', 'missing')
 
 
 class Teacher:
@@ -74,7 +80,10 @@ class Teacher:
         cache: Gibibytes of main memory in which to keep its outputs, so that
             an image it has seen is not shown to it again, see
             :class:`mmkd.memory.Memory`. For few images whose augmentation is
-            resizing and flips; 0 keeps nothing.
+            resizing and flips; 0 keeps nothing. Or the folder to which
+            ``tools/cache_teacher.py`` wrote them before the training;
+            ``dict(folder=…, missing='show')`` shows it what is not there,
+            which is an error otherwise.
         classes: Where its class list is not the student's: its name of each
             class of the student, in the student's order, None for one that
             it lacks. The teacher is cut to these when it is loaded, so that
@@ -103,7 +112,7 @@ class Teacher:
         inherit: bool | Sequence[str] = False,
         ema: bool = True,
         sham: bool = False,
-        cache: float = 0.0,
+        cache: float | str | Mapping[str, str] = 0.0,
         classes: Sequence[str | None] | None = None,
         fast: bool | Mapping[str, Any] = False,
         name: str = 'teacher',
@@ -119,15 +128,43 @@ class Teacher:
         self.detector.eval()  # of some detectors it returns nothing
         self.detector.requires_grad_(False)
         self.pixels = Pixels.of(self.detector, f'Teacher {name!r}')
-        self.memory: Memory | None = None
-        if cache:
-            self.memory = Memory(self.detector, cache, f'Teacher {name!r}')
+        self.memory = self._memory(cache)
         speed_of(fast, torch.device('cpu'))  # raises for a wrong setting
         self._speed = fast
         self.fast: Fast | None = None
         self.paths: list[str] = []
         self.classes: tuple[str, ...] | None = None
         self.loaded = False
+
+    def _memory(self, cache: float | str | Mapping[str, str]) -> Memory | None:
+        who = f'Teacher {self.name!r}'
+        if isinstance(cache, (int, float)):
+            return Memory(self.detector, cache, who) if cache else None
+        given = dict(cache) if isinstance(cache, Mapping) else {}
+        for key in given:
+            check_name(f'{who} with cache=…', 'key', key, CACHE_KEYS)
+        if isinstance(cache, (str, Path)):
+            given = dict(folder=cache)
+        if 'folder' not in given:
+            raise ValueError(
+                f'{who} has cache={cache!r}. Write gibibytes of main memory, '
+                f"the folder of tools/cache_teacher.py, or dict(folder='…', "
+                f"missing='show')."
+            )
+        return Memory(self.detector, 0, who, Store(**given, who=who))
+
+    @property
+    def store(self) -> Store | None:
+        """Where its outputs are on disk."""
+        return None if self.memory is None else self.memory.store
+
+    def about(self) -> dict[str, str]:
+        """What must be the same for it to say the same of an image."""
+        model = json.dumps(self._model, default=str, sort_keys=True)
+        return dict(
+            weights=weights_digest(self.detector),
+            model=hashlib.sha256(model.encode()).hexdigest(),
+        )
 
     def _built(self, classes: Sequence[str | None] | None) -> nn.Module:
         if classes is None:
@@ -227,6 +264,8 @@ class Teacher:
             f'{self._said_of_classes()}frozen, eval.',
             logger='current',
         )
+        if self.store is not None and not self.store.writable:
+            self.store.check(self.about(), self.paths)
 
     def _said_of_classes(self) -> str:
         if self.names is None:
@@ -341,7 +380,8 @@ class Teacher:
             paths: Taps wanted; all that were noted if None.
             grad: Keep the graph from the images to the taps.
         """
-        self.to(images.device)
+        if self.store is None:
+            self.to(images.device)
         if self.sham:
             images, samples = self._another(images, samples)
         shapes = [
@@ -352,6 +392,8 @@ class Teacher:
         paths = self.paths if paths is None else list(paths)
 
         def watch(images: Tensor, samples: list) -> Record:
+            self.to(images.device)
+
             def run(detector: nn.Module, images: Tensor) -> Record:
                 with (
                     torch.set_grad_enabled(grad),

@@ -28,6 +28,7 @@ ORDER = (
     'backbones',
     'taps',
     'phases',
+    'store',
     'memory',
     'fast',
     'teachers',
