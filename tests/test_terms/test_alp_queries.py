@@ -200,6 +200,15 @@ def test_layers_can_be_named():
     torch.testing.assert_close(alone, 100 * layer_errors(*states).mean())
 
 
+@pytest.mark.parametrize('settings', [dict(bucket='no'), dict(scale=None)])
+def test_settings_reach_the_layers(settings):
+    term, step = pair(parts='encoder', loss_weight=1.0, **settings)
+    own, other, _ = term._encoder(step, step.teacher('big'))
+    expected = layer_errors(own, other, **settings).mean()
+    torch.testing.assert_close(term(step)['encoder'], expected)
+    assert not torch.isclose(expected, layer_errors(own, other).mean())
+
+
 # Encoders --------------------------------------------------------------------
 
 
