@@ -149,6 +149,32 @@ def test_objects_equal_the_formula_query_by_query():
     torch.testing.assert_close(term(step)['decoder'], expected)
 
 
+@pytest.mark.parametrize('counts', [(2, 6), (6, 2)])
+def test_an_object_without_a_query_on_a_side_does_not_count(counts):
+    models = [
+        detrs.built('detr', seed, queries=count)
+        for seed, count in enumerate(counts)
+    ]
+    term, step = of(*models, pair='objects', loss_weight=1.0)
+    objects = Objects.of(step.gt)
+    own, other = answers(step.student), answers(step.teacher('big'))
+    errors = []
+    for image, place in zip(step.gt.image, step.gt.place):
+        places = [
+            (match_objects(one, objects)[-1, image] == place).nonzero()
+            for one in (own, other)
+        ]
+        if all(len(one) for one in places):
+            vectors = [
+                one.states[:, image, at[0, 0]]
+                for one, at in zip((own, other), places)
+            ]
+            errors.append(layer_errors(*vectors))
+    assert len(errors) == 4  # of six
+    expected = torch.stack(errors).mean()
+    torch.testing.assert_close(term(step)['decoder'], expected)
+
+
 @pytest.mark.parametrize('how', ['questions', 'objects'])
 @pytest.mark.parametrize('side', ['student', 'teacher'])
 def test_the_order_of_queries_does_not_matter(how, side):
