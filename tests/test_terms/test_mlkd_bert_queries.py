@@ -156,6 +156,20 @@ def test_encoders_equal_the_formula_level_by_level():
     torch.testing.assert_close(found['ffn'], ffn, rtol=1e-4, atol=1e-6)
 
 
+def test_queries_of_training_are_left_out():
+    term, step = pair('dino', 'dino', parts='decoder')
+    path = 'decoder.layers.0.self_attn.attn'
+    module = step.student.detector.get_submodule(path)
+    whole, _ = heads_of(module, *step.student.inputs(path))
+    assert whole.shape[1] > 6
+    ((own, *_), _) = term._decoder(step, step.student, step.teacher('big'))[
+        'mha'
+    ]
+    for image in range(2):
+        known = {tuple(one.tolist()) for one in whole[image, -6:]}
+        assert {tuple(one.tolist()) for one in own[image]} == known
+
+
 def test_splits_are_related_one_by_one():
     torch.manual_seed(0)
     own, other = torch.randn(2, 1, 5, 8)
