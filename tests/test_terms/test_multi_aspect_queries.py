@@ -207,7 +207,13 @@ def test_rows_of_conditional_attention_average_to_its_map(kind):
 
 
 def test_a_matrix_before_its_relu_is_compared_as_a_whole():
-    term, step = pair('detr', parts='encoder', aspects=('ffn1',))
+    teacher = detrs.built('detr', **FEW)
+    student = copy.deepcopy(teacher)
+    factorize(student, 0.3, PARTS)
+    for layer in student.encoder.layers:
+        nn.init.normal_(layer.ffn.layers[0][0].bias)
+    term = MultiAspectTerm('big', parts='encoder', aspects=('ffn1',))
+    step = detrs.step_of(term, student, teacher)
     total = []
     for index in range(2):
         path = f'encoder.layers.{index}.ffn.layers.0.0'
