@@ -13,11 +13,13 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmcv.ops import MaskedConv2d
+from mmdet.models.detectors.base_detr import DetectionTransformer
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import get_box_tensor
 from mmengine.config import Config
@@ -72,6 +74,7 @@ class Teacher:
         inherit: Which parts the student starts from: ``True`` for neck and
             heads, a sequence of names such as ``('neck', 'bbox_head')`` or
             ``('bbox_head.retina_cls',)`` for these alone, ``False`` for none.
+            A parameter of the detector itself is a part, too.
         ema: Take the averaged weights where the file has them.
         sham: A control for experiments: show the teacher the next image of
             the batch instead, so that its targets are those of a teacher but
@@ -439,8 +442,8 @@ class Teacher:
         if not self.inherit:
             return
         for part in self._heirlooms(student):
-            own = student.get_submodule(part)
-            state = self.detector.get_submodule(part).state_dict()
+            own = _part(student, part)
+            state = _part(self.detector, part).state_dict()
             shapes = {key: one.to('meta') for key, one in state.items()}
             _check_heirloom(self, part, own, _given(own, shapes))
 
@@ -454,7 +457,7 @@ class Teacher:
             return
         parts = self._heirlooms(student)
         taken = sum(
-            _copy(self, part, student.get_submodule(part), self.detector)
+            _copy(self, part, _part(student, part), self.detector)
             for part in parts
         )
         touched = {part.partition('.')[0] for part in parts}
@@ -473,6 +476,11 @@ class Teacher:
             for name, _ in student.named_children()
             if name not in ('data_preprocessor', 'terms')
             and isinstance(getattr(self.detector, name, None), nn.Module)
+        ]
+        shared += [
+            name
+            for name in student._parameters
+            if name in self.detector._parameters
         ]
         if self.inherit is True:
             parts = [name for name in shared if name != 'backbone']
@@ -529,10 +537,18 @@ def _fits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
     )
 
 
+def _part(detector: nn.Module, name: str) -> nn.Module:
+    """A part of a detector; a parameter of its own as one that holds it."""
+    own = detector._parameters.get(name)
+    if own is None:
+        return detector.get_submodule(name)
+    return nn.ParameterDict({name: own})
+
+
 def _copy(
     teacher: Teacher, part: str, own: nn.Module, detector: nn.Module
 ) -> int:
-    given = _given(own, detector.get_submodule(part).state_dict())
+    given = _given(own, _part(detector, part).state_dict())
     _check_heirloom(teacher, part, own, given)
     own.load_state_dict(given)
     return len(given)
@@ -604,7 +620,15 @@ def run_detector(detector: nn.Module, images: Tensor, samples: list) -> None:
     themselves go on describing the student's.
     """
     size = tuple(images.shape[-2:])
-    detector._forward(images, [_of_size(one, size) for one in samples])
+    samples = [_of_size(one, size) for one in samples]
+    if not isinstance(detector, DetectionTransformer):
+        detector._forward(images, samples)
+        return
+    # In training it also says what losses take and its head does not.
+    said = detector.forward_transformer(detector.extract_feat(images), samples)
+    head = detector.bbox_head
+    takes = signature(type(head).forward).parameters
+    head.forward(**{key: one for key, one in said.items() if key in takes})
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 import copy
 
+import detrs
 import mmengine.runner.checkpoint
 import pytest
 import tiny
@@ -507,6 +508,19 @@ def test_a_misspelt_part_within_a_part_suggests_the_nearest(teacher_file):
     one.load()
     with pytest.raises(ValueError, match="mean 'bbox_head.cls_convs.0'"):
         one.lend(tiny.build(tiny.retinanet()))
+
+
+def test_a_parameter_of_the_detector_itself_is_inherited(tmp_path):
+    model = detrs.detr('deformable')
+    file = tiny.save_teacher(model, tmp_path / 'detr.pth')
+    one = Teacher(dict(model=model), file, inherit=('encoder', 'level_embed'))
+    one.load()
+    student = tiny.build(detrs.detr('deformable'), seed=1)
+    one.lend(student)
+    assert torch.equal(student.level_embed, one.detector.level_embed)
+    assert student.level_embed.requires_grad
+    theirs = one.detector.query_embedding.weight
+    assert not torch.equal(student.query_embedding.weight, theirs)
 
 
 def test_the_backbone_is_never_inherited_by_true(teacher_file):

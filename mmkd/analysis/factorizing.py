@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
-from torch import nn
+from torch import Tensor, nn
 
 from mmkd.checks import check_name
 from mmkd.compat.checkpoint import (
@@ -47,17 +47,17 @@ class Layer(NamedTuple):
     error: float
 
     @classmethod
-    def of(cls, path: str, dense: nn.Module, thin: LowRankLinear) -> Layer:
-        missing = dense.weight - thin.weight
-        rows, columns = dense.weight.shape
+    def of(cls, path: str, dense: Tensor, thin: LowRankLinear) -> Layer:
+        missing = dense - thin.weight
+        rows, columns = dense.shape
         return cls(
             path,
             (rows // thin.stacked, columns),
             thin.stacked,
             thin.rank,
-            dense.weight.numel(),
+            dense.numel(),
             thin.up.numel() + thin.down.numel(),
-            (missing.norm() / dense.weight.norm()).item(),
+            (missing.norm() / dense.norm()).item(),
         )
 
 
@@ -116,7 +116,7 @@ def write(options: argparse.Namespace) -> list[Layer]:
     thin = copy.deepcopy(dense)
     layers = factorize(thin, options.rank_ratio, options.parts)
     found = [
-        Layer.of(path, dense.get_submodule(path), layer)
+        Layer.of(path, matrix_of(dense, path), layer)
         for path, layer in layers.items()
     ]
     text = config_text(
@@ -130,6 +130,14 @@ def write(options: argparse.Namespace) -> list[Layer]:
     with whole(out) as part:
         part.write_text(text, encoding='utf-8')
     return found
+
+
+def matrix_of(whole: nn.Module, path: str) -> Tensor:
+    """The matrix that a thin layer stands for, by the layer's path."""
+    owner, _, name = path.rpartition('.')
+    module = whole.get_submodule(owner)
+    stacked = getattr(module, f'{name}_weight', None)  # of attention
+    return getattr(module, name).weight if stacked is None else stacked
 
 
 def config_text(

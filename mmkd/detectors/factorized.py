@@ -11,13 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkd.checks import check_name, suggest
+from mmkd.ops.heads import attention_rows, mixed_values
 from mmkd.ops.low_rank import truncated
 from mmkd.registry import DETECTORS, MODELS
 
 #: Layers of several matrices on top of each other, by their name.
 STACKED = {'qkv': 3, 'kv': 2}
-#: What is left as it is: where deformable attention looks is no projection.
-SKIPPED = ('sampling_offsets', 'attention_weights', 'relative_position')
+#: What is left as it is: where attention looks is no projection.
+SKIPPED = (
+    'sampling_offsets',
+    'attention_weights',
+    'relative_position',
+    'query_scale',
+    'ref_point_head',
+    'ref_anchor_head',
+)
 
 
 class LowRankLinear(nn.Module):
@@ -88,6 +96,12 @@ class LowRankLinear(nn.Module):
         """The matrix that the product stands for, (m, n)."""
         return (self.up @ self.down).flatten(0, 1)
 
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """What one of the stacked matrices makes of features."""
+        bias = None if self.bias is None else self.bias.chunk(self.stacked)
+        thin = F.linear(x, self.down[index])
+        return F.linear(thin, self.up[index], bias and bias[index])
+
     def adopt(self, state: dict[str, Tensor], prefix: str = '') -> None:
         """Replace the dense layer's weight in a state dict by the product."""
         dense = state.pop(f'{prefix}weight', None)
@@ -120,6 +134,85 @@ class LowRankLinear(nn.Module):
         )
 
 
+class LowRankAttention(nn.Module):
+    """``nn.MultiheadAttention`` whose matrices are products of thin ones.
+
+    Called and loaded as that; the matrices of queries, keys, values and
+    output are each a product of their own.
+
+    Args:
+        whole: What it stands for, of one width and without added keys.
+        rank: Of each of the four matrices.
+
+    Example:
+        >>> whole = nn.MultiheadAttention(8, 2)
+        >>> thin = LowRankAttention(whole, rank=8)
+        >>> _ = thin.load_state_dict(whole.state_dict())
+        >>> x = torch.randn(5, 3, 8)
+        >>> torch.allclose(thin(x, x, x)[0], whole(x, x, x)[0], atol=1e-5)
+        True
+    """
+
+    def __init__(self, whole: nn.MultiheadAttention, rank: int) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads = whole.embed_dim, whole.num_heads
+        self.batch_first, self.dropout = whole.batch_first, whole.dropout
+        width, bias = whole.embed_dim, whole.in_proj_bias is not None
+        self.in_proj = LowRankLinear(width, 3 * width, rank, bias, stacked=3)
+        self.out_proj = LowRankLinear(width, width, rank, bias)
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """The matrices that the products stand for, (3 C, C)."""
+        return self.in_proj.weight
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        return self.in_proj.bias
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``nn.MultiheadAttention``."""
+        if not self.batch_first:
+            query, key, value = (
+                one.transpose(0, 1) for one in (query, key, value)
+            )
+        query, key, value = (
+            self.in_proj.part(one, index)
+            for index, one in enumerate((query, key, value))
+        )
+        masks = dict(attn_mask=attn_mask, key_padding_mask=key_padding_mask)
+        rows = attention_rows(query, key, self.num_heads, masks)
+        rows = F.dropout(rows, self.dropout, self.training)
+        found = self.out_proj(mixed_values(rows.to(value.dtype), value))
+        if not self.batch_first:
+            found = found.transpose(0, 1)
+        if average_attn_weights:
+            rows = rows.mean(1)
+        return found, rows if need_weights else None
+
+    def adopt(self, state: dict[str, Tensor], prefix: str = '') -> None:
+        """Name the whole one's matrices in a state dict as its own."""
+        for end in ('weight', 'bias'):
+            one = state.pop(f'{prefix}in_proj_{end}', None)
+            if one is not None:
+                state[f'{prefix}in_proj.{end}'] = one
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, *args: Any
+    ) -> None:
+        self.adopt(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 @MODELS.register_module(name='Factorized')
 def factorized(
     detector: str,
@@ -138,10 +231,10 @@ def factorized(
         rank_ratio: Share of each matrix's weights that is kept: a matrix of
             (m, n) gets rank ``rank_ratio * m * n / (m + n)``. ``'full'`` keeps
             the rank, for checks; the layers are larger then.
-        parts: Parts whose linear layers are factorized. Layers that would not
-            shrink stay as they are, and so do convolutions,
-            ``nn.MultiheadAttention``, and what says where deformable attention
-            looks.
+        parts: Parts whose linear layers are factorized, those inside of
+            ``nn.MultiheadAttention`` too; of a DETR ``('encoder',
+            'decoder')``. Layers that would not shrink stay as they are, and
+            so do convolutions, and what says where attention looks.
         **settings: Arguments of the detector.
 
     Returns:
@@ -232,15 +325,33 @@ def _check_ratio(ratio: float | str) -> None:
 def _replace(
     parent: nn.Module, ratio: float | str, path: str, keep: bool
 ) -> Iterator[tuple[str, LowRankLinear]]:
-    if isinstance(parent, nn.MultiheadAttention):
-        return  # it reads its matrices itself
     for name, child in parent.named_children():
         here = f'{path}.{name}'
-        if not isinstance(child, nn.Linear):
+        if name in SKIPPED:
+            continue
+        if isinstance(child, nn.MultiheadAttention):
+            if thin := _thin_attention(child, ratio, keep):
+                setattr(parent, name, thin)
+                yield f'{here}.in_proj', thin.in_proj
+                yield f'{here}.out_proj', thin.out_proj
+        elif not isinstance(child, nn.Linear):
             yield from _replace(child, ratio, here, keep)
-        elif name not in SKIPPED and (thin := _thin(name, child, ratio, keep)):
+        elif thin := _thin(name, child, ratio, keep):
             setattr(parent, name, thin)
             yield here, thin
+
+
+def _thin_attention(
+    whole: nn.MultiheadAttention, ratio: float | str, keep: bool
+) -> LowRankAttention | None:
+    rank = rank_of(whole.embed_dim, whole.embed_dim, ratio)
+    plain = whole.in_proj_weight is not None and whole.bias_k is None
+    if rank is None or not plain or whole.add_zero_attn:
+        return None
+    thin = LowRankAttention(whole, rank)
+    if keep:
+        thin.load_state_dict(whole.state_dict())
+    return thin.train(whole.training)
 
 
 def _thin(

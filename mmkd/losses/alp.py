@@ -83,6 +83,40 @@ def bucket_of(
     return slice(first, end)
 
 
+def layer_errors(
+    student: Tensor,
+    teacher: Tensor,
+    bucket: str | None = None,
+    scale: str | None = 'sqrt_d',
+) -> Tensor:
+    r"""How far vectors of layers are from the mixtures they attend to.
+
+    .. math:: mean_d (S_j - \sum_k e_{jk} T_k)^2
+
+    Args:
+        student: The same vector of m layers, (m, ..., d).
+        teacher: That of the teacher in n layers, (n, ..., d).
+        bucket, scale: As of :func:`bucket_of` and :func:`attention_weights`.
+
+    Returns:
+        (m, ...), float32.
+
+    Example:
+        >>> student, teacher = torch.ones(2, 1, 3), torch.zeros(1, 1, 3)
+        >>> layer_errors(student, teacher).tolist()  # nothing to choose from
+        [[1.0], [1.0]]
+    """
+    student, teacher = as_float(student), as_float(teacher)
+    errors = []
+    for layer, one in enumerate(student):
+        some = bucket_of(layer, len(student), len(teacher), bucket)
+        others = teacher[some].movedim(0, -2)  # ..., k, d
+        shares = attention_weights(one, others, scale)
+        mixed = (shares[..., None] * others).sum(-2)
+        errors.append((one - mixed).square().mean(-1))
+    return torch.stack(errors)
+
+
 @MODELS.register_module()
 class ALPLoss(nn.Module):
     r"""Attention-based layer projection: no level of the teacher is skipped.
@@ -100,7 +134,8 @@ class ALPLoss(nn.Module):
 
     Cells of the padded border count nowhere. Layers of a transformer may come
     as tokens, (N, L, C); those of both sides must stand for the same patches:
-    queries of two decoders have no common order.
+    queries of two decoders have no common order, see
+    :class:`mmkd.terms.alp_queries.ALPQueryTerm`.
 
     Args:
         compare: ``'map'`` or ``'vector'``, the error of h alone, which is the
@@ -156,8 +191,8 @@ class ALPLoss(nn.Module):
                 "ALPLoss has one vector an image with compare='vector', got "
                 "attention='cell'. Use attention='image', or compare='map'."
             )
-        _check_choice('bucket', bucket, BUCKETS)
-        _check_choice('scale', scale, SCALES)
+        check_choice('ALPLoss', 'bucket', bucket, BUCKETS)
+        check_choice('ALPLoss', 'scale', scale, SCALES)
         self.compare = compare
         self.attention = attention
         self.bucket = bucket
@@ -247,12 +282,17 @@ class ALPLoss(nn.Module):
         return valid_mask(gt, size, self.keep_padding, keep_ignored=True)
 
 
-def _check_choice(
-    name: str, value: str | None, known: Sequence[str | None]
+def check_choice(
+    who: str, name: str, value: str | None, known: Sequence[str | None]
 ) -> None:
+    """A setting must be one of a few, of which None may be one.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if value not in known:
         raise ValueError(
-            f'ALPLoss has no {name}={value!r}. Use one of '
+            f'{who} has no {name}={value!r}. Use one of '
             f'{", ".join(map(repr, known))}.'
         )
 

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from mmkd.ops.numeric import full_precision, unit, zero_of
+from mmkd.ops.relations import ABSENT
 
 
 def supervised_contrast(
-    vectors: Tensor, labels: Tensor, temperature: float
+    vectors: Tensor,
+    labels: Tensor,
+    temperature: float,
+    valid: Tensor | None = None,
 ) -> Tensor:
     r"""How badly vectors of one class are told from those of others.
 
@@ -23,6 +27,7 @@ def supervised_contrast(
         vectors: Of any length, (R, C).
         labels: Class of each, (R,).
         temperature: The formula's tau.
+        valid: Whether each is there, (R,); all are if None.
 
     Returns:
         Scalar; zero for fewer than two vectors, or if no two share a class.
@@ -42,8 +47,11 @@ def supervised_contrast(
     with full_precision(directions):
         logits = directions @ directions.T / temperature
     itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
-    scores = logits.masked_fill(itself, -torch.inf).log_softmax(1)
-    positive = (labels[:, None] == labels) & ~itself
+    if valid is None:
+        valid = torch.ones_like(labels, dtype=torch.bool)
+    other = valid & ~itself
+    scores = logits.masked_fill(~other, ABSENT).log_softmax(1)
+    positive = (labels[:, None] == labels) & other & valid[:, None]
     count = positive.sum(1)
     each = torch.where(positive, -scores, 0).sum(1) / count.clamp(min=1)
     return each.sum() / (count > 0).sum().clamp(min=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -36,6 +35,7 @@ from mmkd.terms.query_matching import (
     match_answers,
     match_objects,
     memory_maps,
+    nearest_map,
     of_layers,
 )
 from mmkd.terms.term import Term
@@ -233,7 +233,7 @@ class DETRDistillTerm(Term):
         )
         total, cells = 0.0, 0.0
         for one in student:
-            level = _nearest(one, teacher)
+            level = nearest_map(one, teacher)
             like = as_float(teacher[level])
             if one.shape[-2:] != like.shape[-2:]:
                 one = F.interpolate(
@@ -366,17 +366,6 @@ def assigned_loss(
         )
         area = head.loss_iou(own, like, weight.flatten(0, 1), avg_factor=count)
     return classes + l1 + area
-
-
-def _nearest(one: Tensor, maps: Sequence[Tensor]) -> int:
-    """Place of the map that is nearest in size."""
-    cells = one.shape[-2] * one.shape[-1]
-    return min(
-        range(len(maps)),
-        key=lambda place: abs(
-            math.log(cells / math.prod(maps[place].shape[-2:]))
-        ),
-    )
 
 
 def _check_widths(student: Tensor, teacher: Tensor) -> None:

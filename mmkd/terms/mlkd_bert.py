@@ -133,8 +133,9 @@ class MLKDBertLayersTerm(Term):
         Pre-trained Language Models", arXiv:2407.02775. Read: a summary; no
         code is known. Ours: windows, stages and the grid in place of a
         sentence, one W a stage, that ``mha`` is added over the layers as
-        ``ffn`` is, and ``attn=False``. The encoders and decoders of DETR and
-        its kind, which have attention too, are not read.
+        ``ffn`` is, and ``attn=False``. Encoders and decoders of DETR and
+        its kind are read by
+        :class:`mmkd.terms.mlkd_bert_queries.MLKDBertQueryLayersTerm`.
     """
 
     def __init__(

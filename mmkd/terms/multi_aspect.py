@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.transformer import FFN
 from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.models.backbones.swin import WindowMSA
+from mmdet.models.layers.transformer.utils import ConditionalAttention
 from torch import Tensor, nn
 
 from mmkd.checks import check_name
-from mmkd.ops.numeric import as_float
+from mmkd.ops.heads import attention_rows, heads_of, projected
+from mmkd.ops.numeric import as_float, full_precision
 from mmkd.registry import MODELS
-from mmkd.structures import Step
+from mmkd.structures import Outputs, Step
+from mmkd.taps import recording
+from mmkd.terms.queries import asks, bind_queries, question
+from mmkd.terms.shared_queries import ask_alike
 from mmkd.terms.term import Term
 
 if TYPE_CHECKING:
@@ -40,25 +45,33 @@ class MultiAspectTerm(Term):
     nothing is projected. In deformable attention the weights of the points
     stand for a row, and there are neither queries nor keys.
 
+    Queries of a DETR's decoder are compared index by index, for the student
+    begins with the teacher's. Where they are chosen among the cells of the
+    image (two-stage Deformable DETR, DINO), a thin network soon chooses
+    others: its decoder is then asked the teacher's, in a pass of their own.
+
     Args:
         teacher: Name of the teacher.
         aspects: Which, a few of ``ASPECTS``; or their weights by name. All
             that the network has, with weight 1, if None.
-        parts: Where layers of attention are looked for.
+        parts: Where layers of attention are looked for; ``('encoder',
+            'decoder')`` of a DETR.
         loss_weight: Factor of all.
         schedule: Factor over the training; constant 1 if None.
 
     Raises:
         ValueError: If an aspect is unknown or nowhere in the student, a layer
-            is missing on the other side, or two outputs differ in shape.
+            is missing on the other side, two outputs differ in shape, or the
+            layers of a decoder do not go on with the same queries.
 
     Reference:
         Liu et al., "Multi-Aspect Knowledge Distillation for Language Model
         with Low-rank Factorization", arXiv:2604.03110. Its aspects on layers
         of detectors, and their weights, are ours; so is that predictions,
         which the paper compares as well, are a term of their own
-        (``SoftTargetLoss`` on the head), whose schedule lets the matrices go
-        first.
+        (``SoftTargetLoss`` on the head, ``SharedQueryTerm`` of a DETR), whose
+        schedule lets the matrices go first; and the pass for queries that are
+        chosen.
     """
 
     def __init__(
@@ -75,6 +88,7 @@ class MultiAspectTerm(Term):
         self.parts = (parts,) if isinstance(parts, str) else tuple(parts)
         self.loss_weight = loss_weight
         self.sites: dict[str, list[Site]] = {}
+        self.asks = False
         self._named = aspects is not None
 
     def bind(
@@ -95,25 +109,48 @@ class MultiAspectTerm(Term):
             raise ValueError(
                 f'MultiAspectTerm finds no {", ".join(missing)} in '
                 f'{", ".join(self.parts)} of {type(student).__name__}. It '
-                f'reads layers of attention (Swin, deformable attention): '
+                f'reads layers of attention (Swin, DETR and its kind): '
                 f'name parts= that have them, or take aspects= of '
                 f'{", ".join(self.sites) or "another detector"}.'
             )
+        decodes = any(map(_in_decoder, self.parts)) and asks(student)
+        if decodes and hasattr(student, 'cache_dict'):
+            raise ValueError(
+                f'MultiAspectTerm compares queries index by index, but each '
+                f'layer of the decoder of {type(student).__name__} goes on '
+                f"with others. Set parts=('encoder',)."
+            )
+        self.asks = decodes and getattr(student, 'as_two_stage', False)
+        if self.asks:
+            bind_queries(self, student, teachers, self.teacher)
 
     def silent(self) -> bool:
         return self.loss_weight == 0
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         teacher = step.teacher(self.teacher)
+        asked = step.student
+        if self.asks:
+            paths = [
+                path
+                for sites in self.sites.values()
+                for path, _ in sites
+                if _in_decoder(path)
+            ]
+            with recording(step.student.detector, paths) as asked:
+                ask_alike(step.student, question(teacher))
         return {
             aspect: self.loss_weight
             * self.weights[aspect]
             * torch.stack(
                 [
-                    _distance(aspect, path, read, *pair)
+                    _distance(aspect, path, *pair)
                     for path, read in sites
                     for pair in zip(
-                        step.student.outputs(path), teacher.outputs(path)
+                        read(
+                            asked if _in_decoder(path) else step.student, path
+                        ),
+                        read(teacher, path),
                     )
                 ]
             ).mean()
@@ -121,8 +158,14 @@ class MultiAspectTerm(Term):
         }
 
 
-#: Path of an output, and what is taken of it.
-Site = tuple[str, Callable[[Tensor], Tensor]]
+#: What a tap says of an aspect, call by call.
+Reading = Callable[[Outputs, str], list[Tensor]]
+#: A tap, and how it is read.
+Site = tuple[str, Reading]
+
+
+def _in_decoder(path: str) -> bool:
+    return path.partition('.')[0] == 'decoder'
 
 
 def _weights(
@@ -141,7 +184,7 @@ def _weights(
 
 def _sites(
     student: nn.Module, part: str
-) -> Iterator[tuple[str, str, Callable[[Tensor], Tensor]]]:
+) -> Iterator[tuple[str, str, Reading]]:
     """Aspect, path and reading of every output below a part."""
     check_name(
         'MultiAspectTerm',
@@ -152,22 +195,83 @@ def _sites(
     for name, module in student.get_submodule(part).named_modules(prefix=part):
         if isinstance(module, WindowMSA):
             for index, aspect in enumerate('qkv'):
-                yield aspect, f'{name}.qkv', partial(_third, index=index)
-            yield 'o', f'{name}.proj', as_float
-            yield 'attn', f'{name}.softmax', as_float
+                third = partial(_third, index=index)
+                yield aspect, f'{name}.qkv', partial(_returned, take=third)
+            yield 'o', f'{name}.proj', _returned
+            yield 'attn', f'{name}.softmax', _returned
         elif isinstance(module, MultiScaleDeformableAttention):
-            yield 'v', f'{name}.value_proj', as_float
-            yield 'o', f'{name}.output_proj', as_float
-            points = module.num_levels * module.num_points
-            yield (
-                'attn',
-                f'{name}.attention_weights',
-                partial(_rows, length=points),
-            )
+            yield 'v', f'{name}.value_proj', _returned
+            yield 'o', f'{name}.output_proj', _returned
+            rows = partial(_rows, length=module.num_levels * module.num_points)
+            path = f'{name}.attention_weights'
+            yield 'attn', path, partial(_returned, take=rows)
+        elif hasattr(module, 'in_proj_weight'):  # nn.MultiheadAttention's
+            for one in ('query', 'key', 'value'):
+                yield one[0], name, partial(_projected, which=one)
+            yield 'o', name, partial(_returned, take=_first)
+            yield 'attn', name, _looked
+        elif isinstance(module, ConditionalAttention):
+            for aspect, path in CONDITIONAL:
+                if getattr(module, path, None) is not None:
+                    yield aspect, f'{name}.{path}', _returned
+            yield 'attn', f'{name}.forward_attn', _compared
         elif isinstance(module, FFN):
-            yield 'ffn1', f'{name}.layers.0.0', as_float
-            yield 'ffn2', f'{name}.layers.{module.num_fcs - 1}', as_float
-            yield 'hidden', name.rpartition('.')[0], _first
+            layer = name.rpartition('.')[0]
+            lost = getattr(module.layers[0][1], 'inplace', False)
+            yield (
+                'ffn1',
+                f'{name}.layers.0.0',
+                (_once_more if lost else _returned),
+            )
+            yield 'ffn2', f'{name}.layers.{module.num_fcs - 1}', _returned
+            yield 'hidden', layer, partial(_returned, take=_first)
+
+
+#: Matrices of the attention of Conditional and DAB-DETR.
+CONDITIONAL = (
+    ('q', 'qcontent_proj'),
+    ('q', 'qpos_proj'),
+    ('q', 'qpos_sine_proj'),
+    ('k', 'kcontent_proj'),
+    ('k', 'kpos_proj'),
+    ('v', 'v_proj'),
+    ('o', 'out_proj'),
+)
+
+
+def _returned(
+    outputs: Outputs, path: str, take: Callable[[Any], Tensor] = as_float
+) -> list[Tensor]:
+    return [take(one) for one in outputs.outputs(path)]
+
+
+def _once_more(outputs: Outputs, path: str) -> list[Tensor]:
+    """What a matrix returned before its ReLU overwrote it."""
+    (x, *_), _ = outputs.inputs(path)
+    layer = outputs.detector.get_submodule(path)
+    with full_precision(x):
+        return [F.linear(as_float(x), as_float(layer.weight), layer.bias)]
+
+
+def _projected(outputs: Outputs, path: str, which: str) -> list[Tensor]:
+    """Queries, keys or values, which are no output of any module."""
+    attention = outputs.detector.get_submodule(path)
+    return [projected(attention, *outputs.inputs(path), which)]
+
+
+def _looked(outputs: Outputs, path: str) -> list[Tensor]:
+    """Rows of attention, head by head, without dropout."""
+    attention = outputs.detector.get_submodule(path)
+    return [heads_of(attention, *outputs.inputs(path))[1]]
+
+
+def _compared(outputs: Outputs, path: str) -> list[Tensor]:
+    """The same where queries and keys are handed over projected."""
+    attention = outputs.detector.get_submodule(path.rpartition('.')[0])
+    _, given = outputs.inputs(path)
+    query, key = (as_float(given[name]) for name in ('query', 'key'))
+    with full_precision(query):
+        return [attention_rows(query, key, attention.num_heads, given)]
 
 
 def _third(output: Tensor, index: int) -> Tensor:
@@ -186,13 +290,9 @@ def _first(output: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def _distance(
-    aspect: str,
-    path: str,
-    read: Callable[[Tensor], Tensor],
-    student: Tensor | Sequence[Tensor],
-    teacher: Tensor | Sequence[Tensor],
+    aspect: str, path: str, student: Tensor, teacher: Tensor
 ) -> Tensor:
-    student, teacher = read(student), read(teacher).detach()
+    teacher = teacher.detach()
     if student.shape != teacher.shape:
         raise ValueError(
             f'MultiAspectTerm compares outputs of one shape, got '

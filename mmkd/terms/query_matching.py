@@ -6,6 +6,7 @@ another order changes nothing that is made of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -145,13 +146,13 @@ def match_answers(
 
 
 @torch.no_grad()
-def match_objects(
+def queries_of(
     found: Answers,
     objects: Objects,
     l1_weight: float = 5.0,
     giou_weight: float = 2.0,
-) -> Tensor:
-    """Which object each query answers for, as DETR and its kind decide.
+) -> tuple[Tensor, Tensor]:
+    """Which query answers for each object, as DETR and its kind decide.
 
     Args:
         found: Of L layers.
@@ -161,7 +162,8 @@ def match_objects(
             MMDetection's configs.
 
     Returns:
-        Place of the object, -1 for background, (L, N, Q).
+        Place of the query, (L, N, M), and whether there is an object and a
+        query left for it, (L, N, M).
     """
     cost = torch.stack(
         [
@@ -174,10 +176,25 @@ def match_objects(
     # What is not there costs each query the same, and more than all else.
     absent = ~objects.there[None, :, None]
     query, taken = _assigned(cost.masked_fill(absent, FIRST))
-    taken = taken & objects.there
-    layers, images, queries, count = cost.shape
+    return query, taken & objects.there
+
+
+@torch.no_grad()
+def match_objects(
+    found: Answers,
+    objects: Objects,
+    l1_weight: float = 5.0,
+    giou_weight: float = 2.0,
+) -> Tensor:
+    """Which object each query answers for: :func:`queries_of`, turned round.
+
+    Returns:
+        Place of the object, -1 for background, (L, N, Q).
+    """
+    query, taken = queries_of(found, objects, l1_weight, giou_weight)
+    layers, images, queries, _ = found.boxes.shape
     owner = query.new_full((layers, images, queries + 1), -1)
-    place = torch.arange(count, device=query.device).expand_as(query)
+    place = torch.arange(query.shape[2], device=query.device).expand_as(query)
     owner.scatter_(2, query.where(taken, query.new_tensor(queries)), place)
     return owner[..., :queries].contiguous()
 
@@ -233,14 +250,17 @@ def _memory(outputs: Outputs) -> Tensor:
     return given['memory']
 
 
-def inside_maps(outputs: Outputs) -> tuple[Tensor, ...]:
-    """1 where the memory is of the image and not of its padded border."""
+def inside_tokens(outputs: Outputs) -> Tensor:
+    """1 where the memory is of the image, 0 in its padded border, (N, S)."""
     _, given = outputs.inputs(DECODER)
     memory, border = given['memory'], given.get('memory_mask')
     inside = memory.new_ones(memory.shape[:2], dtype=torch.float32)
-    if border is not None:
-        inside = inside * ~border.bool()
-    return to_maps(inside[:, None], map_sizes(outputs))
+    return inside if border is None else inside * ~border.bool()
+
+
+def inside_maps(outputs: Outputs) -> tuple[Tensor, ...]:
+    """The same as maps, (N, 1, h, w) each."""
+    return to_maps(inside_tokens(outputs)[:, None], map_sizes(outputs))
 
 
 def to_maps(
@@ -249,6 +269,17 @@ def to_maps(
     """What is said of all cells of the memory, (…, S), as maps (…, h, w)."""
     parts = values.split([rows * columns for rows, columns in sizes], -1)
     return tuple(part.unflatten(-1, size) for part, size in zip(parts, sizes))
+
+
+def nearest_map(one: Tensor, maps: Sequence[Tensor]) -> int:
+    """Place of the map that is nearest in size."""
+    cells = one.shape[-2] * one.shape[-1]
+    return min(
+        range(len(maps)),
+        key=lambda place: abs(
+            math.log(cells / math.prod(maps[place].shape[-2:]))
+        ),
+    )
 
 
 # Questions -------------------------------------------------------------------

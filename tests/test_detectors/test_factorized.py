@@ -128,7 +128,7 @@ def test_it_is_the_class_that_it_names():
     )
 
 
-def test_attention_that_reads_its_matrices_and_offsets_stay_dense():
+def test_attention_is_thin_and_offsets_stay_dense():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -137,7 +137,11 @@ def test_attention_that_reads_its_matrices_and_offsets_stay_dense():
             self.value_proj = nn.Linear(16, 16)
 
     block = nn.ModuleDict(dict(neck=Block()))
-    assert list(factorize(block, 0.5, 'neck')) == ['neck.value_proj']
+    assert list(factorize(block, 0.5, 'neck')) == [
+        'neck.attn.in_proj',
+        'neck.attn.out_proj',
+        'neck.value_proj',
+    ]
 
 
 def test_matrices_that_would_not_shrink_stay():

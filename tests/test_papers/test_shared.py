@@ -56,6 +56,12 @@ class Paper:
 PAPERS = {
     'LSH': Paper('lsh', '2011.01424', 'test_losses/test_lsh.py'),
     'MaKD': Paper('makd', '2604.03110', 'test_terms/test_multi_aspect.py'),
+    'MaKD on queries': Paper(
+        'makd',
+        '2604.03110',
+        'test_terms/test_multi_aspect_queries.py',
+        tiny='makd-detr_tiny',
+    ),
     'Residual KD': Paper(
         'residual-kd', '2002.09168', 'test_terms/test_residual.py'
     ),
@@ -86,8 +92,20 @@ PAPERS = {
         'test_terms/test_mlkd_bert.py',
         tiny='mlkd-bert-fpn_tiny',
     ),
+    'MLKD-BERT on queries': Paper(
+        'mlkd-bert',
+        '2407.02775',
+        'test_terms/test_mlkd_bert_queries.py',
+        tiny='mlkd-bert-detr_tiny',
+    ),
     'UHKD': Paper('uhkd', '2510.24116', 'test_losses/test_uhkd.py'),
     'ALP-KD': Paper('alp', '2012.14022', 'test_losses/test_alp.py'),
+    'ALP-KD on queries': Paper(
+        'alp',
+        '2012.14022',
+        'test_terms/test_alp_queries.py',
+        tiny='alp-detr_tiny',
+    ),
     'SemCKD': Paper('semckd', '2012.03236', 'test_losses/test_semckd.py'),
     'BackwardPass': Paper(
         'backward-pass', '2301.12006', 'test_terms/test_backward_pass.py'
@@ -249,7 +267,8 @@ def test_u5_without_weight_it_is_plain_training(paper, weights, hub):
         for teacher in config.teachers.values():
             teacher.pop('inherit', None)  # it would start elsewhere
         students = []
-        for model in (config, student_config(config)):
+        plain = student_config(copy.deepcopy(config))  # builds write into it
+        for model in (config, plain):
             torch.manual_seed(0)
             student = MODELS.build(model)
             student.init_weights()

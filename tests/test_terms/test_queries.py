@@ -54,6 +54,15 @@ def test_own_questions_get_own_answers(kind, training):
 
 
 @pytest.mark.parametrize('kind', KINDS)
+def test_they_answer_in_training_without_losses(kind):
+    with_losses = answers(recorded(kind)).logits
+    model = recorded(kind).detector
+    with torch.no_grad(), recording(model, [DECODER, HEAD]) as record:
+        run_detector(model, *tiny.batch())
+    assert answers(record).logits.shape == with_losses.shape
+
+
+@pytest.mark.parametrize('kind', KINDS)
 def test_asking_leaves_the_detector_as_it_was(kind):
     record = recorded(kind)
     model = record.detector
