@@ -55,6 +55,12 @@ class Paper:
 
 PAPERS = {
     'LSH': Paper('lsh', '2011.01424', 'test_losses/test_lsh.py'),
+    'LSH of queries': Paper(
+        'lsh',
+        '2011.01424',
+        'test_terms/test_query_feature.py',
+        tiny='lsh-query_tiny',
+    ),
     'MaKD': Paper('makd', '2604.03110', 'test_terms/test_multi_aspect.py'),
     'Residual KD': Paper(
         'residual-kd', '2002.09168', 'test_terms/test_residual.py'
@@ -77,6 +83,12 @@ PAPERS = {
     'MHKD': Paper('mhkd', '2012.02911', 'test_terms/test_multi_head.py'),
     'UniKD': Paper('unikd', '2409.18565', 'test_terms/test_unified.py'),
     'DLKD': Paper('dlkd', '2012.00573', 'test_losses/test_dlkd.py'),
+    'DLKD of queries': Paper(
+        'dlkd',
+        '2012.00573',
+        'test_terms/test_query_feature.py',
+        tiny='dlkd-query_tiny',
+    ),
     'MLKD-BERT': Paper(
         'mlkd-bert', '2407.02775', 'test_terms/test_mlkd_bert.py'
     ),
