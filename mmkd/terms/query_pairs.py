@@ -96,12 +96,17 @@ def pair_queries(
         return Pairs(ask_alike(student, question(teacher)), known)
     own = answers(student)
     if pairing == 'answers':
-        index = matched_queries(own, known)
-        return Pairs(*map(_picked, (own, known), index))
+        return matched(own, known)
     boxes = jittered_boxes(gt.boxes, gt.image_sizes[gt.image], views, jitter)
     return Pairs(
         *(_of_objects(one, gt, boxes) for one in (own, known)), gt.labels
     )
+
+
+def matched(student: Answers, teacher: Answers) -> Pairs:
+    """Answers of two detectors, paired by what the last layers say."""
+    index = matched_queries(student, teacher)
+    return Pairs(*map(_picked, (student, teacher), index))
 
 
 @torch.no_grad()

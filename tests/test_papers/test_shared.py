@@ -77,9 +77,28 @@ PAPERS = {
         'test_terms/test_simkd.py',
         {'U5': "it begins with the teacher's head, plain training does not"},
     ),
+    'SimKD with a decoder': Paper(
+        'simkd',
+        '2203.14001',
+        'test_terms/test_simkd.py',
+        {'U5': "it begins with the teacher's head, plain training does not"},
+        tiny='simkd-query_tiny',
+    ),
     'SSKD': Paper('sskd', '1812.01819', 'test_papers/test_sskd.py'),
     'CMKD': Paper('cmkd', '2410.06561', 'test_losses/test_cmkd.py'),
+    'CMKD of queries': Paper(
+        'cmkd',
+        '2410.06561',
+        'test_terms/test_query_feature.py',
+        tiny='cmkd-query_tiny',
+    ),
     'CrossKD': Paper('crosskd', '2306.11369', 'test_terms/test_cross_head.py'),
+    'CrossKD of queries': Paper(
+        'crosskd',
+        '2306.11369',
+        'test_terms/test_cross_query.py',
+        tiny='crosskd-query_tiny',
+    ),
     'MHKD': Paper('mhkd', '2012.02911', 'test_terms/test_multi_head.py'),
     'UniKD': Paper('unikd', '2409.18565', 'test_terms/test_unified.py'),
     'DLKD': Paper('dlkd', '2012.00573', 'test_losses/test_dlkd.py'),
@@ -263,7 +282,7 @@ def test_u5_without_weight_it_is_plain_training(paper, weights, hub):
         students = []
         for model in (config, student_config(config)):
             torch.manual_seed(0)
-            student = MODELS.build(model)
+            student = MODELS.build(copy.deepcopy(model))
             student.init_weights()
             students.append(student.train())
     for term in students[0].terms.values():

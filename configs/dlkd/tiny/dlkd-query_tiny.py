@@ -1,4 +1,4 @@
-"""DLKD: queries of objects in a tiny Deformable DETR, as the teacher's."""
+"""DLKD: a tiny Deformable DETR relates its queries as the teacher does."""
 
 _base_ = '../../_base_/tiny/deformable_detr.py'
 
