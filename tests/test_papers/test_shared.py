@@ -85,6 +85,12 @@ PAPERS = {
         tiny='simkd-query_tiny',
     ),
     'SSKD': Paper('sskd', '1812.01819', 'test_papers/test_sskd.py'),
+    'SSKD of a DETR': Paper(
+        'sskd',
+        '1812.01819',
+        'test_papers/test_sskd.py',
+        tiny='sskd-query_tiny',
+    ),
     'CMKD': Paper('cmkd', '2410.06561', 'test_losses/test_cmkd.py'),
     'CMKD of queries': Paper(
         'cmkd',
@@ -100,6 +106,12 @@ PAPERS = {
         tiny='crosskd-query_tiny',
     ),
     'MHKD': Paper('mhkd', '2012.02911', 'test_terms/test_multi_head.py'),
+    'MHKD of queries': Paper(
+        'mhkd',
+        '2012.02911',
+        'test_terms/test_multi_head_query.py',
+        tiny='mhkd-query_tiny',
+    ),
     'UniKD': Paper('unikd', '2409.18565', 'test_terms/test_unified.py'),
     'DLKD': Paper('dlkd', '2012.00573', 'test_losses/test_dlkd.py'),
     'DLKD of queries': Paper(
