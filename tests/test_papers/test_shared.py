@@ -135,6 +135,12 @@ PAPERS = {
     'BackwardPass': Paper(
         'backward-pass', '2301.12006', 'test_terms/test_backward_pass.py'
     ),
+    'BackwardPass of queries': Paper(
+        'backward-pass',
+        '2301.12006',
+        'test_terms/test_backward_query.py',
+        tiny='backward-pass-query_tiny',
+    ),
     'FSP, of nine methods': Paper(
         'fsp', '2007.01922', 'test_losses/test_fsp.py'
     ),

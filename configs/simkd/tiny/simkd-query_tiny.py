@@ -13,10 +13,5 @@ model = dict(
             type='mmkd.SimKDTerm', teacher='big', reuse=parts, tap='encoder'
         )
     ),
-    phases=[
-        dict(
-            train=('backbone', 'neck', 'encoder', 'level_embed'),
-            supervised=False,
-        )
-    ],
+    phases=[dict(train=('backbone', 'neck', 'encoder'), supervised=False)],
 )
