@@ -1,4 +1,4 @@
-r"""BackwardPass: Deformable DETR R18 (40.0 AP alone) learns from R50 (44.3 AP).
+"""BackwardPass: Deformable DETR R18 (40.0 AP alone) learns from R50 (44.3 AP).
 
 python tools/train.py \
     configs/backward-pass/backward-pass-query_deformable-detr_r18-from-r50_50e_coco.py
