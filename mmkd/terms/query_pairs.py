@@ -63,7 +63,7 @@ def pair_queries(
     pairing: str,
     student: Outputs,
     teacher: Outputs,
-    gt: GroundTruth,
+    gt: GroundTruth | None = None,
     views: int = 0,
     jitter: float = 0.15,
 ) -> Pairs:
@@ -85,7 +85,7 @@ def pair_queries(
     Args:
         pairing: One of :data:`PAIRINGS`.
         student, teacher: What both said.
-        gt: The objects.
+        gt: The objects, for pairs by them.
         views: Queries of an object besides the first.
         jitter: How far the boxes beside an object are moved and stretched, as
             a share of their sides.

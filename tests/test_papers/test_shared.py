@@ -184,6 +184,12 @@ PAPERS = {
             'U7': 'its teacher is a part of the term',
         },
     ),
+    'P2P of queries': Paper(
+        'p2p',
+        '2110.11023',
+        'test_terms/test_peers.py',
+        tiny='p2p-query_tiny',
+    ),
 }
 
 
