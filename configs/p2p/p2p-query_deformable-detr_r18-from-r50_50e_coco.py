@@ -11,8 +11,8 @@ Schedule: 50 epochs of 32 images a step (16 GPUs x 2) at learning rate 0.0002;
 Changed besides model: nothing.
 Teacher's weights: MMDetection's zoo, downloaded at the start; or your file:
     --cfg-options model.teachers.r50.checkpoint=FILE
-Notes: two detectors are trained at once, and each decoder is asked what the
-    other and the teacher are asked. The teacher, which learns along in the
+Notes: an R-18 and an R-50 are trained at once, and each decoder is asked what
+    the other and the teacher are asked. The teacher, which learns along in the
     paper, has learned before. All weights are ours and untuned.
     tools/export_peer.py writes the better student as a plain checkpoint.
     R-18's 40.0 AP are of the README of DETRDistill's authors; the zoo has no
@@ -40,11 +40,9 @@ model = dict(
         p2p=dict(
             type='mmkd.PeersTerm',
             peers=dict(
-                r18=dict(
-                    config=(
-                        'configs/_base_/students/'
-                        'deformable-detr_r18_16xb2-50e.py'
-                    )
+                r50=dict(
+                    config='mmdet::deformable_detr/'
+                    'deformable-detr_r50_16xb2-50e_coco.py'
                 ),
             ),
             teacher='r50',

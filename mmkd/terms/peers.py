@@ -219,8 +219,7 @@ class PeersTerm(Term):
                 shown = step.teacher(self.teacher)
                 taught = self._seen(shown, step)
         if step.dry or step.iteration >= self.warmup_iters:
-            with full_precision(step.images):
-                parts.update(self._lessons(found, taught))
+            parts.update(self._lessons(found, taught))
         if self.training and not step.dry:
             self._judge([losses[name] for name in self.students])
         return parts
@@ -267,8 +266,9 @@ class PeersTerm(Term):
                 self.temperature,
             ).values()
             return cls + self.box_weight * (5 * l1 + 2 * giou)
-        scores, boxes = response_gaps(_WHO, own, other, self.temperature)
-        return (scores + self.box_weight * boxes).mean()
+        with full_precision(own.gt.boxes):
+            scores, boxes = response_gaps(_WHO, own, other, self.temperature)
+            return (scores + self.box_weight * boxes).mean()
 
     def _run(
         self, peer: BaseModel, name: str, step: Step
