@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmkd.build import build
 from mmkd.checks import check_name
-from mmkd.ops.numeric import as_float, full_precision, zero_of
+from mmkd.ops.numeric import as_float, zero_of
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Step
 from mmkd.terms.classifier import classifier_weight, readers
@@ -194,8 +194,7 @@ class QueryFeatureTerm(Term):
         self._check_widths(rows[0][0], rows[1][0])
         if getattr(self.loss, 'scope', 'level') != 'levels':
             rows = [one for (one,) in rows]
-        with full_precision(own):
-            loss = self.loss(*rows, gt)
+        loss = self.loss(*rows, gt)
         if given:
             return loss
         if not isinstance(loss, Mapping):

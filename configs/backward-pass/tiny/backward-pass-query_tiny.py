@@ -11,6 +11,7 @@ model = dict(
             type='mmkd.BackwardQueryTerm',
             teacher='big',
             num_steps=1,
+            interval=4,
         ),
     ),
 )
