@@ -229,6 +229,14 @@ def test_half_precision_is_finite(pair):
         assert value.isfinite()
 
 
+def test_the_teachers_head_reads_in_full_precision(step):
+    plain = said(step)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = said(step)
+    for key, value in found.items():
+        assert torch.equal(value, plain[key])
+
+
 # Refusals --------------------------------------------------------------------
 
 
