@@ -105,6 +105,11 @@ class DLKDLoss(nn.Module):
       networks together, each side through a linear layer of its own that
       learns along; regions of one class belong together.
 
+    Of detectors of queries
+    :class:`~mmkd.terms.query_feature.QueryFeatureTerm`
+    gives what the decoders make of the queries that answer for a box and its
+    views, in place of means over maps.
+
     The layers stay behind when the student is deployed. Fewer than two
     regions, that is no box at all, cost nothing.
 
@@ -212,8 +217,33 @@ class DLKDLoss(nn.Module):
         gt: GroundTruth | None = None,
     ) -> dict[str, Tensor]:
         own, other, labels = self._regions(student, teacher, gt)
+        return self._related(own, other, labels, student)
+
+    def compare_objects(
+        self, student: Tensor, teacher: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """The same of objects whose vectors are there already.
+
+        Args:
+            student: Of M objects, the object's own vector first and its views
+                behind it, (M, 1 + V, C).
+            teacher: The same, without gradient, (M, 1 + V, C').
+            labels: Classes of the objects, (M,).
+        """
+        self._check_channels((student.mT,), (teacher.mT,))
+        rows = (gather_rows(one) for one in (student, teacher, labels))
+        return self._related(*rows, (student,))
+
+    def _related(
+        self,
+        own: Tensor,
+        other: Tensor,
+        labels: Tensor,
+        touched: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """The three parts, of objects of all processes."""
         if not len(own):
-            touched = *student, *self.parameters()
+            touched = *touched, *self.parameters()
             nothing = sum(zero_of(one) for one in touched)
             return dict.fromkeys(('align', 'correlate', 'contrast'), nothing)
         rows, like = own.flatten(0, 1), other.flatten(0, 1)
@@ -243,12 +273,7 @@ class DLKDLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors of boxes and their views, (M, 1 + V, C) of either side, and
         the classes of the boxes, (M,)."""
-        for one, channels, side in (
-            (student, self.student_channels, 'student'),
-            (teacher, self.teacher_channels, 'teacher'),
-        ):
-            for level in one:
-                check_channels(f'DLKDLoss, {side}_channels,', level, channels)
+        self._check_channels(student, teacher)
         boxes = None
         if gt is not None:
             sizes = gt.image_sizes[gt.image]
@@ -265,6 +290,16 @@ class DLKDLoss(nn.Module):
             self.output_size,
         )
         return gather_rows(own), gather_rows(other), gather_rows(gt.labels)
+
+    def _check_channels(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor]
+    ) -> None:
+        for one, channels, side in (
+            (student, self.student_channels, 'student'),
+            (teacher, self.teacher_channels, 'teacher'),
+        ):
+            for level in one:
+                check_channels(f'DLKDLoss, {side}_channels,', level, channels)
 
 
 def _layers(in_channels: int, hidden: int, out_channels: int) -> nn.Module:

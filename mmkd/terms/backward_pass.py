@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -167,14 +168,14 @@ class BackwardPassTerm(Term):
         if self.clean_weight or step.dry:
             gap = self._gap(
                 step,
-                seen(step, step.student, self.path),
+                self._own(step),
                 self._clean(step),
             )
             parts['clean'] = self.clean_weight * gap.mean()
         due = step.iteration % self.interval == 0
         if self.aux_weight and due and not step.dry:
             images = self.widened(step)
-            with student_shown(step, images, self.path) as own:
+            with self._student_shown(step, images) as own:
                 gap = self._gap(step, own, self._shown(step, images))
             parts['aux'] = self.aux_weight * gap.mean()
         return parts
@@ -190,7 +191,7 @@ class BackwardPassTerm(Term):
         def gap(change: Tensor) -> Tensor:
             images = changed(step.images, change, self.pixels)
             other = self._shown(step, images)
-            with student_shown(step, images, self.path) as own:
+            with self._student_shown(step, images) as own:
                 return self._gap(step, own, other, weights, climb=True)
 
         change = ascend(
@@ -201,6 +202,15 @@ class BackwardPassTerm(Term):
             self.norm,
         )
         return changed(step.images, change, self.pixels)
+
+    def _own(self, step: Step) -> Seen:
+        """The student's side of the batch as it is."""
+        return seen(step, step.student, self.path)
+
+    def _student_shown(
+        self, step: Step, images: Tensor
+    ) -> AbstractContextManager[Seen]:
+        return student_shown(step, images, self.path)
 
     def _clean(self, step: Step) -> Seen:
         """The teacher's side of the batch as it is."""

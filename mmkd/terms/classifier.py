@@ -36,7 +36,8 @@ def classifier_weight(who: str, part: nn.Module) -> Tensor:
 
     Returns:
         A vector: of MMDetection's heads the weights of what is called
-        ``..._cls`` (``retina_cls``, ``conv_cls``, ``fc_cls``, …).
+        ``..._cls`` (``retina_cls``, ``conv_cls``, ``fc_cls``, …), or
+        ``cls_branches`` where there is one for each layer of a decoder.
 
     Raises:
         ValueError: If there is no such layer.
@@ -45,7 +46,7 @@ def classifier_weight(who: str, part: nn.Module) -> Tensor:
     found = [
         layer.weight.detach().flatten()
         for name, child in head.named_children()
-        if name.endswith('_cls')
+        if name.endswith(('_cls', 'cls_branches'))
         for layer in child.modules()
         if isinstance(layer, (nn.Conv2d, nn.Linear))
     ]

@@ -323,7 +323,7 @@ def _refuse_queries(detector: nn.Module, path: str, side: str) -> None:
             f'The {side}, {type(detector).__name__}, answers query by query '
             f'at {path!r}, and query i of one detector has nothing in common '
             f'with query i of another. Choose a term that pairs queries, for '
-            f'instance mmkd.DETRDistillTerm, or tap the neck.'
+            f'instance mmkd.QueryFeatureTerm, or tap the neck.'
         )
 
 

@@ -16,13 +16,17 @@ from mmkd.ops.numeric import full_precision
 from mmkd.pixels import Pixels, translate
 from mmkd.randomness import preserved, stream_seed
 from mmkd.registry import DETECTORS, MODELS
-from mmkd.structures import Step
+from mmkd.structures import Outputs, Step
 from mmkd.structures.ground_truth import labelled
 from mmkd.taps import recording
 from mmkd.teachers import run_detector
 from mmkd.terms.balanced import detection_loss
 from mmkd.terms.decoding import check_same_anchors
+from mmkd.terms.queries import DECODER, HEAD, asks, check_asks
+from mmkd.terms.query_matching import same_form
+from mmkd.terms.query_pairs import pair_queries
 from mmkd.terms.seen import Seen, dense_head, response_gaps, seen
+from mmkd.terms.shared_queries import answer_distances, confidence
 from mmkd.terms.term import Term
 
 if TYPE_CHECKING:
@@ -34,6 +38,8 @@ STUDENT, TEACHER = 'student', 'teacher'
 #: Share of a step in the running means of the losses.
 MOMENTUM = 0.01
 _SETTINGS = ('config', 'cfg_options')
+#: How queries of two peers are paired.
+PAIRINGS = ('questions', 'answers')
 
 
 @MODELS.register_module()
@@ -48,10 +54,16 @@ class PeersTerm(Term):
     D is the divergence of the class probabilities at a temperature, times its
     square, plus ``box_weight`` times one minus the GIoU of the boxes, over
     the anchors of an image with the largest score of whoever teaches as
-    weight. Who teaches in a summand gets no gradient from it. The distilled
-    detector is one of the K students; the others, called peers, and a teacher
-    that learns at the same time, from its own detection loss alone, stand in
-    this term: they are trained by the optimiser of the training and lie under
+    weight. Of detectors of queries D is that of
+    :func:`mmkd.terms.shared_queries.answer_distances`, boxes by DETR's two
+    distances, over the queries of whoever teaches: the student's decoder is
+    asked them as well, in a pass of its own for each who teaches; or over
+    pairs of queries that are matched by their answers.
+
+    Who teaches in a summand gets no gradient from it. The distilled detector
+    is one of the K students; the others, called peers, and a teacher that
+    learns at the same time, from its own detection loss alone, stand in this
+    term: they are trained by the optimiser of the training and lie under
     ``terms.`` in a checkpoint.
 
     A checkpoint loads in the student's plain config as ever. Any of the
@@ -63,8 +75,9 @@ class PeersTerm(Term):
         peers: By name, ``dict(config=…)`` with a config file or a detector,
             and ``cfg_options`` as for a teacher. With none, the student
             learns from the teacher alone. Dense heads with the strides,
-            anchors and classes of the student's. Each begins with random
-            weights of its own.
+            anchors and classes of the student's, or detectors of queries as
+            it is one, with its classes. Each begins with random weights of
+            its own.
         teacher: A teacher of the distiller, which is frozen; none if None.
         online_teacher: Instead of it, a detector that learns beside the
             students, ``dict(config=…)``.
@@ -75,6 +88,8 @@ class PeersTerm(Term):
         warmup_iters: Iterations at the beginning in which everybody learns
             from labels alone, as nobody has anything to say yet.
         head: Dense head of all.
+        pairing: Of queries, ``'questions'``, for decoders of one form, or
+            ``'answers'``.
         schedule: Factor over the training, of the other students' detection
             losses as well; constant 1 if None.
 
@@ -107,16 +122,19 @@ class PeersTerm(Term):
         box_weight: float = 1.0,
         warmup_iters: int = 0,
         head: str = 'bbox_head',
+        pairing: str = 'questions',
         schedule: Mapping | None = None,
     ) -> None:
         super().__init__(schedule)
         check_positive(_WHO, temperature=temperature)
+        check_name(_WHO, 'pairing', pairing, PAIRINGS)
         peers = dict(peers or {})
         _check_company(peers, teacher, online_teacher)
         self.teacher, self.head = teacher, head
         self.alpha, self.beta = alpha, beta
         self.temperature, self.box_weight = temperature, box_weight
-        self.warmup_iters = warmup_iters
+        self.warmup_iters, self.pairing = warmup_iters, pairing
+        self.paths: tuple[str, ...] = (head,)
         if online_teacher is not None:
             peers[TEACHER] = online_teacher
         self.online = online_teacher is not None
@@ -137,19 +155,27 @@ class PeersTerm(Term):
     def bind(
         self, student: nn.Module, teachers: Mapping[str, Teacher]
     ) -> None:
-        self.tap(student, self.head)
+        self.queries = asks(student)
+        self.paths = (DECODER, HEAD) if self.queries else (self.head,)
         others = {f'peer {name!r}': one for name, one in self.peers.items()}
         if self.teacher is not None:
             check_name('The distiller', 'teacher', self.teacher, teachers)
             self.teacher_names = [self.teacher]
-            teachers[self.teacher].tap(self.head)
             others[f'teacher {self.teacher!r}'] = teachers[
                 self.teacher
             ].detector
-        own = dense_head(_WHO, student, self.head, STUDENT)
+        if self.queries:
+            own = getattr(student, HEAD)
+            self._check_cache(teachers)
+        else:
+            own = dense_head(_WHO, student, self.head, STUDENT)
         for side, one in others.items():
-            head = dense_head(_WHO, one, self.head, side)
-            check_same_anchors(_WHO, own, head)
+            if self.queries:
+                check_asks(_WHO, one, side)
+                head = getattr(one, HEAD)
+            else:
+                head = dense_head(_WHO, one, self.head, side)
+                check_same_anchors(_WHO, own, head)
             if head.num_classes != own.num_classes:
                 raise ValueError(
                     f'{_WHO} compares classes, but the student has '
@@ -157,7 +183,19 @@ class PeersTerm(Term):
                     f'num_classes={own.num_classes} in it, for instance with '
                     f'cfg_options.'
                 )
+        for path in self.paths:
+            self.tap(student, path)
+            if self.teacher is not None:
+                teachers[self.teacher].tap(path)
         self._pixels = Pixels.of(student, 'The student')
+
+    def _check_cache(self, teachers: Mapping[str, Teacher]) -> None:
+        if self.teacher and teachers[self.teacher].memory is not None:
+            raise ValueError(
+                f'{_WHO} asks what the decoder of teacher {self.teacher!r} '
+                f'was asked, but its cache keeps outputs alone. Leave its '
+                f'cache= out.'
+            )
 
     def initialise(self) -> None:
         for number, peer in enumerate(self.peers.values(), 1):
@@ -169,7 +207,7 @@ class PeersTerm(Term):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
-        found = {STUDENT: seen(step.student, step.gt, self.head)}
+        found = {STUDENT: self._seen(step.student, step)}
         losses = {STUDENT: _task(step)}
         for name, peer in self.peers.items():
             losses[name], found[name] = self._run(peer, name, step)
@@ -179,16 +217,17 @@ class PeersTerm(Term):
         if self.teacher is not None:
             with torch.no_grad():
                 shown = step.teacher(self.teacher)
-                taught = seen(shown, step.gt, self.head)
+                taught = self._seen(shown, step)
         if step.dry or step.iteration >= self.warmup_iters:
-            with full_precision(step.images):
-                parts.update(self._lessons(found, taught))
+            parts.update(self._lessons(found, taught))
         if self.training and not step.dry:
             self._judge([losses[name] for name in self.students])
         return parts
 
     def _lessons(
-        self, found: Mapping[str, Seen], taught: Seen | None
+        self,
+        found: Mapping[str, Seen | Outputs],
+        taught: Seen | Outputs | None,
     ) -> dict[str, Tensor]:
         """What each student hears of the teacher and of its peers."""
         parts = {}
@@ -201,14 +240,39 @@ class PeersTerm(Term):
                 parts[f'{name}_peers'] = self.beta * sum(gaps) / len(others)
         return parts
 
-    def gap(self, own: Seen, other: Seen) -> Tensor:
+    def _seen(self, outputs: Outputs, step: Step) -> Seen | Outputs:
+        if self.queries:
+            return outputs  # it may be asked more
+        return seen(outputs, step.gt, self.head)
+
+    def _check_questions(self, own: Outputs, other: Outputs) -> None:
+        if self.pairing == 'questions' and not same_form(own, other):
+            raise ValueError(
+                f'{_WHO} asks everybody what the others are asked, but '
+                f'decoders of {type(own.detector).__name__} and '
+                f'{type(other.detector).__name__} take queries of other '
+                f"forms. Set pairing='answers', or name peers of one kind."
+            )
+
+    def gap(self, own: Seen | Outputs, other: Seen | Outputs) -> Tensor:
         """What a student pays for not saying what another says."""
-        scores, boxes = response_gaps(_WHO, own, other, self.temperature)
-        return (scores + self.box_weight * boxes).mean()
+        if not isinstance(own, Seen):
+            self._check_questions(own, other)
+            pairs = pair_queries(self.pairing, own, other)
+            cls, l1, giou = answer_distances(
+                pairs.student,
+                pairs.teacher,
+                confidence(pairs.teacher),
+                self.temperature,
+            ).values()
+            return cls + self.box_weight * (5 * l1 + 2 * giou)
+        with full_precision(own.gt.boxes):
+            scores, boxes = response_gaps(_WHO, own, other, self.temperature)
+            return (scores + self.box_weight * boxes).mean()
 
     def _run(
         self, peer: BaseModel, name: str, step: Step
-    ) -> tuple[Tensor | None, Seen]:
+    ) -> tuple[Tensor | None, Seen | Outputs]:
         shapes = [
             tuple(one.metainfo.get('img_shape', step.gt.shape)[:2])
             for one in step.samples
@@ -216,13 +280,13 @@ class PeersTerm(Term):
         pixels = Pixels.of(peer, f'Peer {name!r}')
         images = translate(step.images, shapes, self._pixels, pixels)
         loss = None
-        with recording(peer, [self.head]) as record:
+        with recording(peer, self.paths) as record:
             record.size = tuple(images.shape[-2:])
             if step.dry:
                 run_detector(peer, images, step.samples)
             else:
                 loss = detection_loss(peer.loss(images, list(step.samples)))
-        return loss, seen(record, step.gt, self.head)
+        return loss, self._seen(record, step)
 
     @torch.no_grad()
     def _judge(self, losses: list[Tensor]) -> None:

@@ -276,22 +276,33 @@ def own_queries(detector: nn.Module, total: int) -> slice:
 
 
 @contextmanager
+def book_kept(detector: nn.Module) -> Iterator[None]:
+    """Let DDQ find the book of its queries as it was, whatever it is shown."""
+    book = getattr(detector, 'cache_dict', None)
+    kept = dict(book or {})
+    try:
+        yield
+    finally:
+        if book is not None:
+            book.clear()
+            book.update(kept)
+
+
+@contextmanager
 def _no_queries_of_training(detector: nn.Module, count: int) -> Iterator[None]:
     """Let DDQ, which keeps book of its queries, see only those asked."""
     book = getattr(detector, 'cache_dict', None)
     if book is None:
         yield
         return
-    kept = dict(book)
     parts = [detector.decoder, getattr(detector, HEAD)]
     modes = [(one, one.training) for part in parts for one in part.modules()]
-    book['dis_query_info'] = [0, count]
     try:
-        for part in parts:
-            part.eval()
-        yield
+        with book_kept(detector):
+            book['dis_query_info'] = [0, count]
+            for part in parts:
+                part.eval()
+            yield
     finally:
         for one, mode in modes:
             one.training = mode
-        book.clear()
-        book.update(kept)

@@ -165,14 +165,7 @@ def queries_of(
         Place of the query, (L, N, M), and whether there is an object and a
         query left for it, (L, N, M).
     """
-    cost = torch.stack(
-        [
-            (1 if found.softmax else 2)
-            * pairwise_label_cost(logits, objects.labels, found.softmax)
-            + pairwise_box_cost(boxes, objects.boxes, l1_weight, giou_weight)
-            for logits, boxes in zip(found.logits, found.boxes)
-        ]
-    )  # L, N, Q, M
+    cost = object_cost(found, objects, l1_weight, giou_weight)  # L, N, Q, M
     # What is not there costs each query the same, and more than all else.
     absent = ~objects.there[None, :, None]
     query, taken = _assigned(cost.masked_fill(absent, FIRST))
@@ -197,6 +190,30 @@ def match_objects(
     place = torch.arange(query.shape[2], device=query.device).expand_as(query)
     owner.scatter_(2, query.where(taken, query.new_tensor(queries)), place)
     return owner[..., :queries].contiguous()
+
+
+def object_cost(
+    found: Answers,
+    objects: Objects,
+    l1_weight: float = 5.0,
+    giou_weight: float = 2.0,
+) -> Tensor:
+    """How badly each query answers for each object, as DETR decides.
+
+    Args:
+        found, objects, l1_weight, giou_weight: See :func:`match_objects`.
+
+    Returns:
+        (L, N, Q, M), of what is not there without meaning.
+    """
+    return torch.stack(
+        [
+            (1 if found.softmax else 2)
+            * pairwise_label_cost(logits, objects.labels, found.softmax)
+            + pairwise_box_cost(boxes, objects.boxes, l1_weight, giou_weight)
+            for logits, boxes in zip(found.logits, found.boxes)
+        ]
+    )
 
 
 def _assigned(cost: Tensor) -> tuple[Tensor, Tensor]:

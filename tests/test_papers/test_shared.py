@@ -55,6 +55,12 @@ class Paper:
 
 PAPERS = {
     'LSH': Paper('lsh', '2011.01424', 'test_losses/test_lsh.py'),
+    'LSH of queries': Paper(
+        'lsh',
+        '2011.01424',
+        'test_terms/test_query_feature.py',
+        tiny='lsh-query_tiny',
+    ),
     'MaKD': Paper('makd', '2604.03110', 'test_terms/test_multi_aspect.py'),
     'MaKD on queries': Paper(
         'makd',
@@ -77,12 +83,49 @@ PAPERS = {
         'test_terms/test_simkd.py',
         {'U5': "it begins with the teacher's head, plain training does not"},
     ),
+    'SimKD with a decoder': Paper(
+        'simkd',
+        '2203.14001',
+        'test_terms/test_simkd.py',
+        {'U5': "it begins with the teacher's head, plain training does not"},
+        tiny='simkd-query_tiny',
+    ),
     'SSKD': Paper('sskd', '1812.01819', 'test_papers/test_sskd.py'),
+    'SSKD of a DETR': Paper(
+        'sskd',
+        '1812.01819',
+        'test_papers/test_sskd.py',
+        tiny='sskd-query_tiny',
+    ),
     'CMKD': Paper('cmkd', '2410.06561', 'test_losses/test_cmkd.py'),
+    'CMKD of queries': Paper(
+        'cmkd',
+        '2410.06561',
+        'test_terms/test_query_feature.py',
+        tiny='cmkd-query_tiny',
+    ),
     'CrossKD': Paper('crosskd', '2306.11369', 'test_terms/test_cross_head.py'),
+    'CrossKD of queries': Paper(
+        'crosskd',
+        '2306.11369',
+        'test_terms/test_cross_query.py',
+        tiny='crosskd-query_tiny',
+    ),
     'MHKD': Paper('mhkd', '2012.02911', 'test_terms/test_multi_head.py'),
+    'MHKD of queries': Paper(
+        'mhkd',
+        '2012.02911',
+        'test_terms/test_multi_head_query.py',
+        tiny='mhkd-query_tiny',
+    ),
     'UniKD': Paper('unikd', '2409.18565', 'test_terms/test_unified.py'),
     'DLKD': Paper('dlkd', '2012.00573', 'test_losses/test_dlkd.py'),
+    'DLKD of queries': Paper(
+        'dlkd',
+        '2012.00573',
+        'test_terms/test_query_feature.py',
+        tiny='dlkd-query_tiny',
+    ),
     'MLKD-BERT': Paper(
         'mlkd-bert', '2407.02775', 'test_terms/test_mlkd_bert.py'
     ),
@@ -109,6 +152,12 @@ PAPERS = {
     'SemCKD': Paper('semckd', '2012.03236', 'test_losses/test_semckd.py'),
     'BackwardPass': Paper(
         'backward-pass', '2301.12006', 'test_terms/test_backward_pass.py'
+    ),
+    'BackwardPass of queries': Paper(
+        'backward-pass',
+        '2301.12006',
+        'test_terms/test_backward_query.py',
+        tiny='backward-pass-query_tiny',
     ),
     'FSP, of nine methods': Paper(
         'fsp', '2007.01922', 'test_losses/test_fsp.py'
@@ -152,6 +201,12 @@ PAPERS = {
             'U1': 'its teacher learns as well',
             'U7': 'its teacher is a part of the term',
         },
+    ),
+    'P2P of queries': Paper(
+        'p2p',
+        '2110.11023',
+        'test_terms/test_peers.py',
+        tiny='p2p-query_tiny',
     ),
 }
 
@@ -270,7 +325,7 @@ def test_u5_without_weight_it_is_plain_training(paper, weights, hub):
         plain = student_config(copy.deepcopy(config))  # builds write into it
         for model in (config, plain):
             torch.manual_seed(0)
-            student = MODELS.build(model)
+            student = MODELS.build(copy.deepcopy(model))
             student.init_weights()
             students.append(student.train())
     for term in students[0].terms.values():

@@ -117,3 +117,74 @@ def test_a_stage_ends_nearer_to_the_teacher(config, student, hub):
             for _ in range(8)
         ]
         assert errors[-1] < 0.9 * errors[0]
+
+
+# A DETR, whose encoder has stages as well ------------------------------------
+
+QUERY = ['query_embedding', 'reference_points_fc', 'decoder', 'bbox_head']
+DETR_PHASES = [
+    *(('backbone.layer1', *STEM),),
+    *((f'backbone.layer{i}.',) for i in (2, 3, 4)),
+    ('neck.',),
+    ('encoder.', 'level_embed'),
+    tuple(QUERY),
+]
+DETR_TERMS = ['stage1', 'stage2', 'stage3', 'stage4', 'pyramid', 'memory']
+
+
+@pytest.fixture
+def detr_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    init_default_scope('mmdet')
+    config = read_config('configs/sskd/tiny/sskd-query_tiny.py')
+    teacher = config.model.teachers.big
+    teacher.checkpoint = str(
+        tiny.save_teacher(
+            read_config(teacher.config).model, tmp_path / 'teacher.pth'
+        )
+    )
+    return config
+
+
+@pytest.fixture
+def detr(detr_config):
+    torch.manual_seed(0)
+    detr = MODELS.build(detr_config.model)
+    detr.init_weights()
+    return detr.train()
+
+
+def test_stages_of_a_detr_learn_one_by_one(detr_config, detr, hub):
+    optimiser = build_optim_wrapper(detr, detr_config.optim_wrapper)
+    for phase, parts in enumerate(DETR_PHASES):
+        move_to(hub, detr, phase)
+        before = state(detr)
+        # Labels, which a phase of imitation does not read.
+        losses = detr.train_step(tiny.pixels(*data()), optimiser)
+        own = (*parts, *(f'terms.{one}.' for one in DETR_TERMS[phase:][:1]))
+        changed = {
+            key
+            for key, one in detr.state_dict().items()
+            if not torch.equal(one, before[key])
+        }
+        assert {key for key in changed if not key.startswith(own)} == set()
+        assert any(key.startswith(parts) for key in changed)
+        imitates = {
+            key.removeprefix('loss_kd_')
+            for key, one in losses.items()
+            if key.startswith('loss_kd_') and one != 0
+        }
+        assert imitates == {*DETR_TERMS[phase:][:1]}
+        assert ('loss_cls' in losses) == (phase == len(DETR_TERMS))
+
+
+def test_the_encoder_of_a_detr_ends_nearer_to_the_teacher(
+    detr_config, detr, hub
+):
+    optimiser = build_optim_wrapper(detr, detr_config.optim_wrapper)
+    batch = tiny.pixels(*data())
+    move_to(hub, detr, 5)
+    errors = [
+        detr.train_step(batch, optimiser)['loss_kd_memory'] for _ in range(8)
+    ]
+    assert errors[-1] < 0.9 * errors[0]

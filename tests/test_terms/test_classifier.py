@@ -1,3 +1,4 @@
+import detrs
 import pytest
 import rois
 import tiny
@@ -50,3 +51,11 @@ def test_a_loss_asks_or_does_not():
     asking = LSHLoss(2, hash_num=3)
     losses = [asking, LSHLoss(2, hash_num=3, std=1.0), nn.Identity()]
     assert readers(losses) == [asking]
+
+
+@pytest.mark.parametrize('kind', ['detr', 'refine'])
+def test_a_head_of_queries_has_one_or_one_a_layer(kind):
+    head = tiny.build(detrs.detr(kind)).bbox_head
+    layers = [head.fc_cls] if kind == 'detr' else head.cls_branches
+    expected = torch.cat([one.weight.flatten() for one in layers])
+    assert torch.equal(classifier_weight('It', head), expected)

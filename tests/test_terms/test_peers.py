@@ -1,12 +1,16 @@
 import copy
 
+import detrs
 import pytest
 import tiny
 import torch
 from mmengine.optim import OptimWrapper
 
+from mmkd.taps import recording
 from mmkd.terms.balanced import detection_loss
 from mmkd.terms.peers import PeersTerm
+from mmkd.terms.queries import DECODER, HEAD, answers, ask, question
+from mmkd.terms.shared_queries import answer_distances, confidence
 
 SMALL = dict(config=dict(model=tiny.retinanet()))
 WIDE = dict(config=dict(model=tiny.retinanet(base=16)))
@@ -371,3 +375,118 @@ def test_images_without_labels_are_refused(model, pictures):
 def test_everything_counts_without_boxes_too(model):
     found = parts(model, tiny.batch(boxes=0))
     assert all(one.isfinite() for one in found.values())
+
+
+# Detectors of queries --------------------------------------------------------
+
+
+def asked(kind='refine', others=('refine', 'refine'), **settings):
+    """A student that asks, a peer and a teacher that learns."""
+    peer, teacher = (
+        dict(config=dict(model=detrs.detr(one, queries=count)))
+        for one, count in zip(others, (12, 14))
+    )
+    model = tiny.build(
+        tiny.distilled(
+            detrs.detr(kind),
+            {},
+            dict(
+                p2p=term(
+                    peers=dict(b=peer), online_teacher=teacher, **settings
+                )
+            ),
+        )
+    )
+    model.init_weights()
+    for number, one in enumerate([model, *model.terms.p2p.peers.values()]):
+        torch.manual_seed(number)
+        for weight in one.bbox_head.parameters():
+            if weight.ndim > 1:
+                torch.nn.init.normal_(weight, std=0.1)
+        one.backbone.norm_eval = True
+        for layer in one.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0
+            if isinstance(layer, torch.nn.MultiheadAttention):
+                layer.dropout = 0
+    return model.train()
+
+
+@pytest.mark.parametrize('pairing', ['questions', 'answers'])
+def test_peers_that_ask_hear_each_other_and_move_themselves(pictures, pairing):
+    model = asked(pairing=pairing)
+    found = parts(model, pictures)
+    assert {*found} == {
+        'b_task',
+        'teacher_task',
+        *(
+            f'{one}_{kind}'
+            for one in ('student', 'b')
+            for kind in ('teacher', 'peers')
+        ),
+    }
+    assert all(one.isfinite() and one > 0 for one in found.values())
+    for key, one in found.items():
+        model.zero_grad()
+        one.backward(retain_graph=True)
+        assert grads(model) == {key.split('_')[0]}
+
+
+def test_what_peers_ask_is_asked_in_each_layer(pictures):
+    model = asked(temperature=2.0, box_weight=3.0)
+    kept = []
+    model.terms.p2p.register_forward_pre_hook(
+        lambda _, args: kept.append(args[0])
+    )
+    found = parts(model, pictures)
+    other = model.terms.p2p.peers.b
+    with recording(other, [DECODER, HEAD]) as record:
+        other.loss(*copy.deepcopy(pictures))
+    own = ask(kept[0].student, question(record))
+    cls, l1, giou = answer_distances(
+        own, answers(record), confidence(answers(record)), 2.0
+    ).values()
+    torch.testing.assert_close(
+        found['student_peers'], cls + 3 * (5 * l1 + 2 * giou)
+    )
+
+
+def test_the_order_of_a_peers_queries_changes_nothing(pictures):
+    for pairing in ('questions', 'answers'):
+        model = asked(pairing=pairing)
+        plain = parts(model, pictures, 'peers')
+        torch.manual_seed(0)
+        detrs.reorder(model.terms.p2p.peers.b, torch.randperm(12))
+        for key, one in parts(model, pictures, 'peers').items():
+            torch.testing.assert_close(one, plain[key], rtol=1e-3, atol=1e-4)
+
+
+def test_identical_peers_that_ask_have_nothing_to_say(pictures):
+    model = asked()
+    plain = {
+        key: one
+        for key, one in model.state_dict().items()
+        if not key.startswith('terms.')
+    }
+    model.terms.p2p.peers.b.load_state_dict(plain)
+    for one in parts(model, pictures, 'peers').values():
+        assert one < 1e-4
+
+
+def test_peers_of_other_kinds_are_matched_by_answers(pictures):
+    with pytest.raises(ValueError, match="Set pairing='answers'"):
+        asked('dab')
+    found = parts(
+        asked('dab', ('detr', 'refine'), pairing='answers'), pictures
+    )
+    assert all(one.isfinite() for one in found.values())
+
+
+def test_peers_without_queries_are_refused_among_those_with():
+    settings = dict(peers=dict(b=SMALL))
+    with pytest.raises(ValueError, match="peer 'b', RetinaNet, has none"):
+        tiny.build(
+            tiny.distilled(detrs.detr('dab'), {}, dict(p2p=term(**settings)))
+        )
+    with pytest.raises(ValueError, match="pairing 'index'"):
+        PeersTerm(**settings, pairing='index')
