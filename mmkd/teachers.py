@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from mmcv.ops import MaskedConv2d
-from mmdet.models.detectors.base_detr import DetectionTransformer
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import get_box_tensor
 from mmengine.config import Config
@@ -621,7 +620,7 @@ def run_detector(detector: nn.Module, images: Tensor, samples: list) -> None:
     """
     size = tuple(images.shape[-2:])
     samples = [_of_size(one, size) for one in samples]
-    if not isinstance(detector, DetectionTransformer):
+    if not hasattr(detector, 'forward_transformer'):
         detector._forward(images, samples)
         return
     # In training it also says what losses take and its head does not.
