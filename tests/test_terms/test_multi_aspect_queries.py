@@ -121,6 +121,8 @@ def test_what_shrinks_is_what_projects(kind):
     conditional = {f'{a}{b}_proj' for a in 'qk' for b in ('content', 'pos')}
     conditional |= {'qpos_sine_proj', 'v_proj'}
     assert ends <= known | conditional
+    places = 'query_scale', 'ref_point_head', 'ref_anchor_head'
+    assert not [path for path in found for one in places if one in path]
     for path, one in found.items():
         rows, columns = one.out_features, one.in_features
         kept = one.up.numel() + one.down.numel()
