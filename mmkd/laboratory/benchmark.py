@@ -56,7 +56,7 @@ from mmkd.randomness import preserved
 from mmkd.registry import MODELS
 from mmkd.schedules import Constant
 from mmkd.structures.nested import apply
-from mmkd.taps import Call, Record, recording
+from mmkd.taps import Call, Record, counting, recording
 from mmkd.teachers import without_init
 from mmkd.version import __version__
 
@@ -348,10 +348,13 @@ class _Terms:
             images, samples = self.arm.shown(batch)
             with self.arm.precision:
                 paths = model._student_paths(list(model.terms))
-                with recording(model, paths) as record:
+                with (
+                    counting(model) as copies,
+                    recording(model, paths) as record,
+                ):
                     losses = super(Distilling, model).loss(images, samples)
                 step = model._step(
-                    _cut(record), images, samples, losses=dict(losses)
+                    _cut(record), images, samples, copies, losses=dict(losses)
                 )
                 for name in model.teachers:
                     step.teacher(name)

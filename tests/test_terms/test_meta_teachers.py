@@ -277,7 +277,7 @@ def test_a_lesson_moves_the_nets_and_nothing_else(build, pictures, hub):
     ]
     with recording(model, []) as record:
         pass
-    term._teach_nets(model._step(record, *pictures[:2], iteration=1))
+    term._teach_nets(model._step(record, *pictures[:2], [], iteration=1))
     own = ('nets', 'moment', 'square', 'lessons')
     moved = {
         key
@@ -338,7 +338,7 @@ def test_the_slope_is_that_of_finite_differences(build, pictures, hub):
     term = model.terms.meta
     with recording(model, []) as record:
         pass
-    step = model._step(record, images.double(), samples, iteration=1)
+    step = model._step(record, images.double(), samples, [], iteration=1)
     names, own = zip(*term.nets.named_parameters())
     torch.manual_seed(1)
     way = [torch.randn_like(one) for one in own]
@@ -395,7 +395,7 @@ def test_focal_losses_have_a_second_derivative_on_every_device(
     monkeypatch.setattr(type(model.bbox_head.loss_cls), 'forward', forward)
     with recording(model, []) as record:
         pass
-    step = model._step(record, *pictures[:2], iteration=1)
+    step = model._step(record, *pictures[:2], [], iteration=1)
     model.terms.meta.lesson(step)
     assert seen
     assert all(seen)
