@@ -207,7 +207,7 @@ class Trial:
             plain(read(self.root / one.file))
             for one in (choice.student, choice.teacher)
         )
-        shown, alone = self._plain_training(student)
+        shown, alone = self._plain_training(student, teacher)
         student = shrunk(student, shown.side)
         with self._step('teacher'):
             checkpoint = Path('teacher.pth')
@@ -250,13 +250,19 @@ class Trial:
 
     # ------------------------------------------------------------ its steps
 
-    def _plain_training(self, config: Config) -> tuple[Shown, nn.Module]:
+    def _plain_training(
+        self, config: Config, teacher: Config
+    ) -> tuple[Shown, nn.Module]:
         """Train and predict in plain mmdet.
+
+        Args:
+            config: Of the student.
+            teacher: Config of its teacher, which may take one side alone.
 
         Returns:
             What it was shown, and the detector.
         """
-        sides = list(fixed_side(config) or self.sides)
+        sides = list(fixed_side(config) or fixed_side(teacher) or self.sides)
         while sides:
             shown = Shown.to(config, sides.pop(0))
             try:

@@ -587,7 +587,7 @@ def alone(tmp_path, monkeypatch):
     """What plain mmdet is asked, side by side, of a detector that predicts
     from so many pixels on."""
 
-    def ask(least, sides=(64, 96, 128)):
+    def ask(least, sides=(64, 96, 128), teacher=None):
         trial = zoo_trial.Trial('some', tmp_path / 'x.json', zoo(), sides)
         asked = dict(trained=[], predicted=[])
 
@@ -603,7 +603,10 @@ def alone(tmp_path, monkeypatch):
 
         trial._train_with = train
         monkeypatch.setattr(zoo_trial, 'predict', predict)
-        shown, _ = trial._plain_training(Config(dict(model={})))
+        student, other = (
+            Config(dict(model=one or {})) for one in (None, teacher)
+        )
+        shown, _ = trial._plain_training(student, other)
         return shown.side, asked, trial.record['steps']['predict']
 
     return ask
@@ -614,6 +617,13 @@ def test_what_predicts_at_once_is_asked_once(alone):
     assert side == 64
     assert asked == dict(trained=[64], predicted=[64])
     assert 'cannot' not in note
+
+
+def test_a_teacher_of_one_side_alone_decides(alone):
+    ssd = dict(bbox_head=dict(anchor_generator=dict(input_size=300)))
+    side, asked, _ = alone(least=0, teacher=ssd)
+    assert side == 300
+    assert asked == dict(trained=[300], predicted=[300])
 
 
 def test_the_side_is_one_on_which_it_predicts(alone):
