@@ -533,7 +533,7 @@ def known(monkeypatch):
     """Says which classes the data has."""
 
     def known(names):
-        place = 'mmkd.distillers.distiller._training_classes'
+        place = 'mmkd.distillers.distiller.training_classes'
         monkeypatch.setattr(place, lambda: names)
 
     return known

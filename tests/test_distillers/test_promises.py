@@ -474,7 +474,7 @@ def test_class_lists_in_another_order_stop_the_training(
     from mmkd.distillers import distiller
 
     monkeypatch.setattr(
-        distiller, '_training_classes', lambda: ('dog', 'cat', 'cow')
+        distiller, 'training_classes', lambda: ('dog', 'cat', 'cow')
     )
     with pytest.raises(ValueError, match="first differ at 0.*'cat'.*'dog'"):
         student.loss(*tiny.batch())

@@ -489,7 +489,7 @@ def test_weight_zero_is_silent():
 def test_classes_are_compared_by_name(build, monkeypatch):
     model = build(names=('cow', 'cat', 'dog'))
     monkeypatch.setattr(
-        'mmkd.distillers.distiller._training_classes',
+        'mmkd.distillers.distiller.training_classes',
         lambda: ('cat', 'dog', 'cow'),
     )
     with pytest.raises(ValueError, match='first differ at 0'):
