@@ -274,3 +274,14 @@ def training_classes() -> tuple[str, ...] | None:
     meta = hub.get_info('dataset_meta', None) or {}
     classes = meta.get('classes')
     return tuple(classes) if classes else None
+
+
+def a_few(names: Sequence[str | None]) -> str:
+    """The first of some names, for a message.
+
+    Example:
+        >>> a_few(('cat', None, 'dog', 'cow'))
+        "('cat', None, 'dog', …)"
+    """
+    more = ', …' if len(names) > 3 else ''
+    return f'({", ".join(map(repr, names[:3]))}{more})'

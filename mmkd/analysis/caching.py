@@ -11,7 +11,6 @@ import argparse
 import copy
 import itertools
 import random
-import shlex
 import shutil
 import sys
 import time
@@ -28,7 +27,7 @@ from mmengine.config import DictAction
 from mmengine.registry import init_default_scope
 from torch import Tensor
 
-from mmkd.analysis.offline import EVERY, command, goes_on
+from mmkd.analysis.offline import EVERY, command, store_goes_on, typed
 from mmkd.checks import check_name
 from mmkd.configs import read_config
 from mmkd.distillers.distiller import Distilling
@@ -52,14 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``tools/cache_teacher.py``."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(given)
-    options.command = shlex.join(
-        ['python', 'tools/cache_teacher.py', *(_without_force(given))]
-    )
+    options.command = typed('tools/cache_teacher.py', given)
     return command(make, options)
-
-
-def _without_force(given: Sequence[str]) -> list[str]:
-    return [one for one in given if not one.startswith('--overwrite')]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,7 +117,7 @@ def make(options: argparse.Namespace) -> None:
         command=options.command,
     )
     store = Store(options.out, WHO)
-    if not _goes_on(store, options, about):
+    if not store_goes_on(WHO, store, options, about):
         shutil.rmtree(options.out, ignore_errors=True)
     work = shown.work()
     print(shown.summary(work), flush=True)
@@ -183,19 +176,6 @@ def _built(
     if not teacher.paths:
         raise ValueError(f'{WHO}: no term asks teacher {name!r} anything.')
     return model.to(options.device).eval()
-
-
-def _goes_on(
-    store: Store, options: argparse.Namespace, about: Mapping[str, Any]
-) -> bool:
-    try:
-        theirs = store.about
-    except FileNotFoundError:
-        return False
-    finally:
-        store.close()
-    told = {key: one for key, one in about.items() if key != 'command'}
-    return goes_on(WHO, options, told, theirs)
 
 
 class One(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from mmdet.registry import DATASETS
 
 from mmkd.compat.checkpoint import check_file
+from mmkd.store import Store
 from mmkd.teachers import Teacher
 
 #: Seconds between two times that progress is told.
@@ -153,3 +155,41 @@ def goes_on(
         f'({", ".join(changed)} differ). Name another --out, or type '
         f'--overwrite.'
     )
+
+
+def store_goes_on(
+    who: str,
+    store: Store,
+    options: argparse.Namespace,
+    about: Mapping[str, Any],
+) -> bool:
+    """Whether a store that is there was begun by the same command.
+
+    Args:
+        who: Name of the tool, for messages.
+        store: What would be written to; it is closed again.
+        options: Of the command.
+        about: What the store would hold.
+
+    Raises:
+        FileExistsError: If it was made otherwise and may not be replaced.
+    """
+    try:
+        theirs = store.about
+    except FileNotFoundError:
+        return False
+    finally:
+        store.close()
+    told = {key: one for key, one in about.items() if key != 'command'}
+    return goes_on(who, options, told, theirs)
+
+
+def typed(tool: str, arguments: Sequence[str]) -> str:
+    """The command as it was typed, without what replaces files.
+
+    Example:
+        >>> typed('tools/x.py', ['a b.py', '--overwrite'])
+        "python tools/x.py 'a b.py'"
+    """
+    kept = [one for one in arguments if not one.startswith('--overwrite')]
+    return shlex.join(['python', tool, *kept])

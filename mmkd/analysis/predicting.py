@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import shutil
 import sys
 import time
@@ -23,9 +22,10 @@ from mmkd.analysis.offline import (
     check_weights,
     command,
     fingerprint,
-    goes_on,
     images_of,
     loaded,
+    store_goes_on,
+    typed,
 )
 from mmkd.configs import read_config
 from mmkd.memory import GIB
@@ -43,10 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``tools/cache_predictions.py``."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(given)
-    kept = [one for one in given if not one.startswith('--overwrite')]
-    options.command = shlex.join(
-        ['python', 'tools/cache_predictions.py', *kept]
-    )
+    options.command = typed('tools/cache_predictions.py', given)
     return command(make, options)
 
 
@@ -115,7 +112,7 @@ def make(options: argparse.Namespace) -> None:
         command=options.command,
     )
     store = Store(options.out, WHO, tool=PREDICTING)
-    if not _goes_on(store, options, about):
+    if not store_goes_on(WHO, store, options, about):
         shutil.rmtree(options.out, ignore_errors=True)
     store.begin(about, int(options.limit * GIB))
     began = told = time.monotonic()
@@ -139,19 +136,6 @@ def make(options: argparse.Namespace) -> None:
     store.tell(dict(about, complete=True))
     print(f'{options.out}: {len(store)} images, {store.size / 2**20:.1f} MiB')
     store.close()
-
-
-def _goes_on(
-    store: Store, options: argparse.Namespace, about: dict[str, Any]
-) -> bool:
-    try:
-        theirs = store.about
-    except FileNotFoundError:
-        return False
-    finally:
-        store.close()
-    told = {key: one for key, one in about.items() if key != 'command'}
-    return goes_on(WHO, options, told, theirs)
 
 
 @torch.no_grad()

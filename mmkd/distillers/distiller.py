@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmkd.build import build
 from mmkd.checks import check_name
-from mmkd.classes import by_name, head_classes, training_classes
+from mmkd.classes import a_few, by_name, head_classes, training_classes
 from mmkd.distillers.guard import Guard
 from mmkd.distillers.unlabelled import labelled_first, partly_labelled
 from mmkd.phases import Phase, Phases
@@ -630,8 +630,8 @@ def _check_pairing(term: str, own: tuple[str, ...], teacher: Teacher) -> None:
     if wrong:
         raise ValueError(
             f'Term {term!r} compares class scores, and teacher '
-            f'{teacher.name!r} has classes={_some(names)} for the classes '
-            f'{_some(own)} of the data set. '
+            f'{teacher.name!r} has classes={a_few(names)} for the classes '
+            f'{a_few(own)} of the data set. '
             f'{_way_out(teacher.name, repr(by_name(own, teacher.classes)))}'
         )
     called = [
@@ -645,11 +645,6 @@ def _check_pairing(term: str, own: tuple[str, ...], teacher: Teacher) -> None:
             f'config states.',
             logger='current',
         )
-
-
-def _some(names: Sequence[str | None]) -> str:
-    more = ', …' if len(names) > 3 else ''
-    return f'({", ".join(map(repr, names[:3]))}{more})'
 
 
 def _at(classes: tuple[str, ...], index: int) -> str:

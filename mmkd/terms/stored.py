@@ -15,7 +15,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmkd.checks import check_positive
-from mmkd.classes import training_classes
+from mmkd.classes import a_few, training_classes
 from mmkd.ops.numeric import as_float
 from mmkd.ops.scores import bernoulli_divergence
 from mmkd.registry import MODELS
@@ -194,8 +194,8 @@ class StoredPredictionTerm(Term):
         if own and self.classes and own != self.classes:
             raise ValueError(
                 f'StoredPredictionTerm: the predictions are of the classes '
-                f'{_some(self.classes)}, those of the data set are '
-                f'{_some(own)}. Make them with a teacher of the same classes '
+                f'{a_few(self.classes)}, those of the data set are '
+                f'{a_few(own)}. Make them with a teacher of the same classes '
                 f'in the same order.'
             )
 
@@ -269,8 +269,3 @@ def _take(values: Tensor, chosen: Tensor) -> Tensor:
 
 def _pair(stride: int | Sequence[int]) -> Sequence[int]:
     return (stride, stride) if isinstance(stride, int) else stride
-
-
-def _some(names: Sequence[str]) -> str:
-    more = ', …' if len(names) > 3 else ''
-    return f'({", ".join(map(repr, names[:3]))}{more})'
