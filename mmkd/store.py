@@ -400,24 +400,24 @@ def quantised(
         cells: Axes over which a channel extends.
 
     Returns:
-        The steps as int8, and of each channel the value of the lowest and
+        The steps as uint8, and of each channel the value of the lowest and
         the size of one. What is restored differs by half a step at most.
 
     Example:
         >>> steps, low, size = quantised(torch.tensor([[[0.0], [2.55]]]), (1,))
         >>> steps.flatten().tolist(), low.item(), round(size.item(), 4)
-        ([-128, 127], 0.0, 0.01)
+        ([0, 255], 0.0, 0.01)
     """
     low = value.amin(cells, keepdim=True)
     size = (value.amax(cells, keepdim=True) - low) / 255
     size = torch.where(size > 0, size, 1)
-    steps = ((value - low) / size).round().clamp(0, 255) - 128
-    return steps.to(torch.int8), low, size
+    steps = ((value - low) / size).round()
+    return steps.to(torch.uint8), low, size
 
 
 def restored(steps: Tensor, low: Tensor, size: Tensor) -> Tensor:
     """What :func:`quantised` made steps of, in float32."""
-    return (steps.float() + 128) * size + low
+    return steps.float() * size + low
 
 
 def weights_digest(detector: nn.Module) -> str:

@@ -53,7 +53,10 @@ def test_what_is_restored_is_half_a_step_away_at_most(form):
 def test_a_channel_of_one_value_is_kept_exactly():
     value = torch.tensor([0.1, -7.0, 0.0])[None, :, None, None]
     value = value.expand(2, 3, 4, 5)
-    assert torch.equal(restored(*quantised(value, (2, 3))), value)
+    steps, low, size = quantised(value, (2, 3))
+    assert torch.equal(restored(steps, low, size), value)
+    assert not steps.any()
+    assert (size > 0).all()  # else 0 / 0
 
 
 def test_channels_do_not_share_their_steps():
@@ -130,6 +133,12 @@ def test_it_gives_what_was_written(tmp_path):
         (found,) = store.read(key, ['neck'], 'cpu')['neck']
         for one, other in zip(value, found):
             torch.testing.assert_close(one, other, atol=0.02, rtol=0)
+
+
+def test_its_size_is_that_of_its_file(tmp_path):
+    written(tmp_path, {b'one': dict(neck=[maps()])})
+    size = (tmp_path / 'data.mdb').stat().st_size
+    assert Store(tmp_path, WHO).size == size
 
 
 def test_what_is_not_there_is_not_there(tmp_path):

@@ -233,9 +233,29 @@ def test_what_the_teacher_is_not_sure_of_counts_less(folder):
     assert abs(grown[1] - grown[0]) < abs(grown[2] - grown[0])
 
 
-@pytest.mark.parametrize('left', [('class',), ('box',)])
-def test_a_part_can_be_left_out(folder, left):
-    (name,) = left
+@pytest.mark.parametrize('weight', [0.5, 3.0])
+def test_the_outer_factor_is_that_of_both_parts(folder, weight):
+    one = shares(student(folder), *batch())
+    other = shares(student(folder, loss_weight=weight), *batch())
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], weight * value)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'silent'),
+    [
+        (dict(loss_weight=0), True),
+        (dict(class_weight=0, box_weight=0), True),
+        (dict(class_weight=0), False),
+        (dict(), False),
+    ],
+)
+def test_a_term_without_weight_is_silent(folder, settings, silent):
+    assert bool(student(folder, **settings).terms['said'].silent()) is silent
+
+
+@pytest.mark.parametrize('name', ['class', 'box'])
+def test_a_part_can_be_left_out(folder, name):
     model = student(folder, **{f'{name}_weight': 0})
     assert set(shares(model, *batch())) == {'class', 'box'} - {name}
 
@@ -324,3 +344,12 @@ def test_only_one_level_is_asked_of_each(folder):
     assert cells.tolist() == [4 * 16 + 2] * 2 + [first + 2 * 8 + 1] + [
         256 + 64 + 16 + 4
     ]
+
+
+def test_a_point_past_the_last_cell_is_told_by_the_last(folder):
+    """Maps may leave out what is less than a stride."""
+    model = student(folder)
+    term = model.terms['said']
+    maps = [torch.zeros(1, 3, side, side) for side in (16, 8, 4, 2, 1)]
+    found = said([[135, 4]], [8.0], [[0, 0, 9, 9]], [[0]], [[0.5]])
+    assert term._cells(model.bbox_head, maps, found).tolist() == [15]
