@@ -205,6 +205,26 @@ def test_what_left_the_image_is_dropped_and_what_is_cut_is_cut():
     assert found.labels.tolist() == [[2, 3], [4, 5], [6, 7]]
 
 
+def test_the_first_pixel_is_in_the_image_and_its_end_is_not():
+    matrix = np.eye(3)
+    matrix[:2, 2] = -28, -30
+    found = moved(predictions(), matrix, (HEIGHT, 64))
+    # Spots at 28, 30 and at 92, 28; 30, 70 and 96, 66.
+    assert found.points.tolist() == [[0, 0], [2, 40]]
+    matrix[:2, 2] = -28, 0
+    found = moved(predictions(), matrix, (HEIGHT, 65))
+    assert [64, 28] in found.points.tolist()
+
+
+def test_points_in_perspective_are_divided_by_their_distance():
+    """As OpenCV has it."""
+    matrix = np.array([[1, 0.1, 5], [0.05, 1, 3], [1e-3, 2e-3, 1.1]])
+    found = moved(predictions(), matrix, (HEIGHT, WIDTH))
+    points = np.array(list(SPOTS), np.float32)[None]
+    wanted = cv2.perspectiveTransform(points, matrix)[0]
+    np.testing.assert_allclose(found.points, wanted, rtol=1e-5)
+
+
 @pytest.fixture
 def folder(tmp_path):
     store = Store(tmp_path / 'said', 'test')
