@@ -213,7 +213,7 @@ PAPERS = {
 
 #: Some with each commit, all with the slow tests; the contracts of terms visit
 #: every tiny config each time.
-MARKS = rotation.marks([one.path for one in PAPERS.values()], count=8)
+MARKS = rotation.marks([one.path for one in PAPERS.values()], count=6)
 
 
 @pytest.fixture(
