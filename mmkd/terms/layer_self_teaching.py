@@ -78,7 +78,7 @@ class LayerSelfTeachingTerm(Term):
         them.
     """
 
-    from_nothing = ('box', 'cls')
+    from_nothing = ('box',)
 
     def __init__(
         self,
