@@ -42,6 +42,8 @@ KINDS = {
     str(kind): kind
     for kind in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 }
+#: Bytes of a page of LMDB, and of what it writes before an output.
+PAGE, HEADER = 4096, 16
 #: Bytes that LMDB is let for itself beside what is kept in it.
 SLACK = 2**24
 #: Open files by their folder; a process may open one once.
@@ -430,5 +432,13 @@ def weights_digest(detector: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def room_of(value: Any, precision: str) -> int:
+    """Bytes that an output takes on disk, where it fills whole pages."""
+    return -(-(len(packed(value, precision)) + HEADER) // PAGE) * PAGE
+
+
 def _key(image: bytes, path: str) -> bytes:
-    return image + hashlib.blake2b(path.encode(), digest_size=8).digest()
+    """Of one length, whatever images are called; LMDB takes 511 bytes."""
+    name = hashlib.blake2b(path.encode(), digest_size=32)
+    name.update(b'\0' + image)
+    return name.digest()

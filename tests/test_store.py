@@ -10,6 +10,7 @@ from mmkd.store import (
     packed,
     quantised,
     restored,
+    room_of,
     unpacked,
     weights_digest,
 )
@@ -133,6 +134,23 @@ def test_it_gives_what_was_written(tmp_path):
         (found,) = store.read(key, ['neck'], 'cpu')['neck']
         for one, other in zip(value, found):
             torch.testing.assert_close(one, other, atol=0.02, rtol=0)
+
+
+def test_images_may_have_long_names(tmp_path):
+    names = [900 * b'a', 900 * b'a' + b'b']
+    written(tmp_path, {one: dict(neck=[maps(len(one))]) for one in names})
+    store = Store(tmp_path, WHO)
+    ours, theirs = (store.read(one, ['neck'], 'cpu') for one in names)
+    assert not torch.equal(ours['neck'][0][0], theirs['neck'][0][0])
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_room_is_known_before_it_is_taken(tmp_path, precision):
+    value = [torch.rand(1, 8, 40, 40)]
+    entries = {str(one).encode(): dict(neck=value) for one in range(40)}
+    written(tmp_path, entries, room=2**24, precision=precision)
+    wanted = 40 * room_of(value, precision)
+    assert wanted <= Store(tmp_path, WHO).size < 1.2 * wanted + 2**16
 
 
 def test_its_size_is_that_of_its_file(tmp_path):

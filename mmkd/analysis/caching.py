@@ -34,7 +34,7 @@ from mmkd.distillers.distiller import Distilling
 from mmkd.memory import GIB, Memory
 from mmkd.pixels import kept
 from mmkd.registry import MODELS
-from mmkd.store import PRECISIONS, Store, packed
+from mmkd.store import PRECISIONS, Store, room_of
 from mmkd.taps import Record
 from mmkd.teachers import Teacher
 
@@ -43,8 +43,6 @@ WHO = 'cache_teacher.py'
 PROBES = 4
 #: Images shown at once, so that the first are compared with each alone.
 TOGETHER = 2
-#: Bytes of a page of LMDB; the last one of an output is half empty.
-PAGE = 4096
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -207,8 +205,9 @@ class Shown:
         loader = config.train_dataloader
         self.model = model
         self.batch_size = loader.get('batch_size', 1)
-        grouped = str(loader.get('batch_sampler', {}).get('type', ''))
-        self.grouped = grouped.endswith('AspectRatioBatchSampler')
+        sampler = loader.get('batch_sampler') or {}
+        kind = str(sampler.get('type', ''))
+        self.grouped = kind.endswith('AspectRatioBatchSampler')
         self.sets = list(_single(DATASETS.build(loader.dataset)))
         self.views = [
             list(views(one.pipeline.transforms)) for one in self.sets
@@ -224,29 +223,33 @@ class Shown:
 
     def work(self) -> list[One]:
         """What is to be shown, images of one size behind each other."""
-        own, group = {}, {}
+        own: dict[tuple, tuple[bool, tuple[int, int]]] = {}
         sizes: dict[tuple, tuple[int, int]] = {}
         for number, dataset in enumerate(self.sets):
             for place in range(len(dataset)):
                 info = dataset.get_data_info(place)
                 form = info.get('height'), info.get('width')
+                group = self.grouped and form[1] < form[0]
                 for view in range(len(self.views[number])):
                     key = number, view, *form
                     if None in form or key not in sizes:
-                        sizes[key] = self._own_size(number, place, view)
-                    one = (number, place), view
-                    own[one] = sizes[key]
-                    group[one] = self.grouped and form[1] < form[0]
-        found = []
-        for one, size in own.items():
-            if size is None:  # left out by its pipeline
-                continue
-            others = {
-                theirs
-                for other, theirs in own.items()
-                if theirs is not None and group[other] == group[one]
-            }
-            found += [One(*one, each) for each in self._padded(size, others)]
+                        size = self._own_size(number, place, view)
+                        if size is None:  # left out by its pipeline
+                            continue
+                        sizes[key] = size
+                    own[(number, place), view] = group, sizes[key]
+        others: dict[bool, set] = {}
+        for group, size in own.values():
+            others.setdefault(group, set()).add(size)
+        padded = {
+            one: self._padded(one[1], others[one[0]])
+            for one in set(own.values())
+        }
+        found = [
+            One(*one, size)
+            for one, shown in own.items()
+            for size in padded[shown]
+        ]
         return sorted(found, key=lambda one: (one.size, one.view, one.data))
 
     def _padded(self, size: tuple[int, int], others: set) -> set:
@@ -429,7 +432,7 @@ def _room(
         record = shown.show(teacher, [one])
         if record is not None:
             outputs = [record.outputs(path) for path in teacher.paths]
-            taken += sum(_bytes(each, options.precision) for each in outputs)
+            taken += sum(room_of(each, options.precision) for each in outputs)
     share = sum(map(_area, work)) / sum(map(_area, probes))
     needed = taken * share
     minutes = (time.monotonic() - began) * share / 60
@@ -450,10 +453,6 @@ def _amount(count: float) -> str:
     """Bytes, as they are read."""
     unit, name = (GIB, 'GiB') if count >= GIB else (GIB / 1024, 'MiB')
     return f'{count / unit:.1f} {name}'
-
-
-def _bytes(value: Any, precision: str) -> int:
-    return len(packed(value, precision)) + PAGE
 
 
 def _area(one: One) -> int:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from mmdet.models.dense_heads import YOLOXHead
@@ -29,10 +28,15 @@ from mmkd.analysis.offline import (
 )
 from mmkd.configs import read_config
 from mmkd.memory import GIB
-from mmkd.store import PREDICTING, PREDICTIONS, Store, packed
+from mmkd.store import PREDICTING, PREDICTIONS, Store, room_of
 from mmkd.taps import maps_of, recording, resolve
 from mmkd.teachers import Teacher, run_detector
-from mmkd.terms.decoding import anchors_of, check_decodable, decode
+from mmkd.terms.decoding import (
+    anchors_of,
+    check_decodable,
+    decode,
+    stride_of,
+)
 
 WHO = 'cache_predictions.py'
 #: A probability of 0 or 1 has no logit.
@@ -124,7 +128,7 @@ def make(options: argparse.Namespace) -> None:
         store.write(name, {PREDICTIONS: found})
         now = time.monotonic()
         if index == 0:
-            needed = (len(packed(found, 'fp32')) + 512) * len(dataset)
+            needed = room_of(found, 'fp32') * len(dataset)
             print(f'about {needed / 2**20:.0f} MiB', flush=True)
         if now - told > EVERY:
             told, left = now, (now - began) * (len(dataset) / (index + 1) - 1)
@@ -174,10 +178,8 @@ def surest(
         ]
     height, width = samples[0].img_shape[:2]
     found = [
-        _of_level(one, box, stride, (height, width))
-        for one, box, stride in zip(
-            logits, decode(head, boxes), head.prior_generator.strides
-        )
+        _of_level(one, box, stride_of(head, level), (height, width))
+        for level, (one, box) in enumerate(zip(logits, decode(head, boxes)))
     ]
     logits, boxes, points, strides = map(torch.cat, zip(*found))
     best = logits.amax(1)
@@ -195,20 +197,19 @@ def surest(
 
 
 def _of_level(
-    logits: Tensor, boxes: Tensor, stride: Any, size: tuple[int, int]
+    logits: Tensor, boxes: Tensor, stride: float, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What is predicted within the image, anchor by anchor of each cell."""
     anchors, classes, rows, columns = logits.shape[1:]
-    across, down = (stride, stride) if isinstance(stride, int) else stride
     y, x = torch.meshgrid(
-        (torch.arange(rows, device=logits.device) + 0.5) * down,
-        (torch.arange(columns, device=logits.device) + 0.5) * across,
+        (torch.arange(rows, device=logits.device) + 0.5) * stride,
+        (torch.arange(columns, device=logits.device) + 0.5) * stride,
         indexing='ij',
     )
     points = torch.stack([x, y], -1).expand(anchors, -1, -1, -1)
     points = points.reshape(-1, 2)
     inside = (points < points.new_tensor([size[1], size[0]])).all(1)
-    sides = torch.full_like(points[:, 0], (across * down) ** 0.5)
+    sides = torch.full_like(points[:, 0], stride)
     logits = logits[0].movedim(1, -1).reshape(-1, classes)
     boxes = boxes[0].movedim(1, -1).reshape(-1, 4)
     return logits[inside], boxes[inside], points[inside], sides[inside]

@@ -133,7 +133,7 @@ def _upright(boxes: Tensor) -> Tensor:
 def _corners(
     head: nn.Module, boxes: Tensor, priors: Tensor, level: int
 ) -> Tensor:
-    anchors, stride = anchors_of(head, level), _stride(head, level)
+    anchors, stride = anchors_of(head, level), stride_of(head, level)
     height, width = boxes.shape[-2:]
     rows = (
         boxes.unflatten(1, (anchors, -1)).permute(0, 3, 4, 1, 2).flatten(0, 3)
@@ -164,7 +164,7 @@ def _scales_later(head: nn.Module) -> bool:
     )
 
 
-def _stride(head: nn.Module, level: int) -> float:
+def stride_of(head: nn.Module, level: int) -> float:
     """Pixels from cell to cell; heads have the same in both directions."""
     stride: Any = head.prior_generator.strides[level]
     return stride[0] if isinstance(stride, (list, tuple)) else stride

@@ -27,6 +27,7 @@ from mmkd.terms.decoding import (
     check_decodable,
     decode,
     giou_error,
+    stride_of,
 )
 from mmkd.terms.term import Term
 
@@ -223,18 +224,15 @@ class StoredPredictionTerm(Term):
     ) -> Tensor:
         """The cell of each prediction, counted over all levels, (M,)."""
         strides = given.points.new_tensor(
-            [
-                [float(one) for one in _pair(stride)]
-                for stride in head.prior_generator.strides
-            ]
+            [stride_of(head, level) for level in range(len(maps))]
         )
         sizes = given.labels.new_tensor(
             [tuple(one.shape[-2:])[::-1] for one in maps]
         )
         first = sizes.prod(1).cumsum(0) - sizes.prod(1)
-        side = strides.log().mean(1)
-        near = (given.strides.log()[:, None] - side).abs().argmin(1)
-        cell = (given.points / strides[near]).long()
+        apart = given.strides.log()[:, None] - strides.log()
+        near = apart.abs().argmin(1)
+        cell = (given.points / strides[near, None]).long()
         cell = torch.minimum(cell, sizes[near] - 1)
         return first[near] + cell[:, 1] * sizes[near, 0] + cell[:, 0]
 
@@ -265,7 +263,3 @@ def _take(values: Tensor, chosen: Tensor) -> Tensor:
     """One of each row's, (M, A, D), (M,) → (M, D)."""
     index = chosen[:, None, None].expand(-1, 1, values.shape[-1])
     return values.gather(1, index).squeeze(1)
-
-
-def _pair(stride: int | Sequence[int]) -> Sequence[int]:
-    return (stride, stride) if isinstance(stride, int) else stride

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -150,6 +151,39 @@ def test_sizes_that_no_batch_has_are_not_shown(make, capsys):
     make(sizes=sizes, batch_sampler=dict(type='AspectRatioBatchSampler'))
     _, told = run(capsys, '--overwrite')
     assert '4 sizes: 6 to be shown' in told
+
+
+def test_an_image_that_is_left_out_does_not_stand_for_others(
+    make, capsys, tmp_path
+):
+    """The first of a size may be the one whose box is too small."""
+    make(FLIP, dict(type='FilterAnnotations', min_gt_bbox_wh=(8, 8)))
+    file = tmp_path / 'pictures.json'
+    told = json.loads(file.read_text())
+    told['annotations'][0]['bbox'] = [8, 16, 4, 4]
+    file.write_text(json.dumps(told))
+    assert run(capsys)[0] == 0
+    assert len(Store('cache', 'test')) == 2 * 2
+
+
+def test_a_loader_may_say_that_it_has_no_batch_sampler(make, capsys):
+    make(FLIP, batch_sampler=None)
+    assert run(capsys)[0] == 0
+
+
+def test_as_many_images_as_there_are_take_as_long(make):
+    """Sizes of batches are found once a size and not once an image."""
+    config = make(FLIP)
+    model, _ = student(config, 0.0)
+    shown = caching.Shown(config, model)
+    (dataset,) = shown.sets
+    asked = []
+    plain = shown._padded
+    shown._padded = lambda *given: asked.append(given) or plain(*given)
+    shown.sets = [dataset] * 50
+    shown.views = shown.views * 50
+    assert len(shown.work()) == 50 * 3 * 2
+    assert len(asked) == 1
 
 
 def test_each_scale_is_a_view(make, capsys):
