@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.logging import MMLogger
 
 from mmkd.checks import suggest
 from mmkd.configs import read_config
@@ -301,6 +302,8 @@ def _planned(options: argparse.Namespace) -> Any:
         if not key.startswith(_PLANNED)
     }
     student = read_config(options.config, 'mmkd train', given)
+    if options.print_config == '-':
+        _log_aside()
     planned = plan(
         student if given else options.config,
         options.teacher,
@@ -315,6 +318,13 @@ def _planned(options: argparse.Namespace) -> Any:
     if options.print_config != '-' and _is_first_process():
         print(planned, flush=True)
     return planned
+
+
+def _log_aside() -> None:
+    """What is printed may go to a file, in which logs have no place."""
+    for handler in MMLogger.get_current_instance().handlers:
+        if getattr(handler, 'stream', None) is sys.stdout:
+            handler.setStream(sys.stderr)
 
 
 def _write_config(planned: Any, options: argparse.Namespace) -> int:

@@ -1,6 +1,8 @@
 """One argument: a detector is named, and teaches."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import detrs
@@ -589,6 +591,19 @@ def test_options_are_known_to_the_plan_and_to_its_file(files, capsys):
     assert list(model.terms.default.terms) == ['pkd']
     assert model.bbox_head.num_classes == 5
     assert model.teachers.teacher.cache == 1.5
+
+
+def test_what_is_printed_is_a_config_and_nothing_else(files):
+    """As a shell sends it to a file."""
+    student, teacher, weights = files()
+    command = [sys.executable, '-m', 'mmkd.cli', 'train', student]
+    command += ['--teacher', teacher, '--teacher-checkpoint', weights]
+    done = subprocess.run(
+        [*command, '--print-config'], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    compile(done.stdout, 'printed.py', 'exec')
+    assert 'loaded into' in done.stderr
 
 
 def test_a_run_has_a_folder_of_its_own(files, monkeypatch, tmp_path):
