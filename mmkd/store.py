@@ -33,7 +33,7 @@ ABOUT = b'about'
 #: What predictions on an image are called there, in place of a tap.
 PREDICTIONS = 'predictions'
 #: What makes them.
-PREDICTING = 'tools/cache_predictions.py CONFIG CHECKPOINT'
+PREDICTING = 'python tools/cache_predictions.py CONFIG CHECKPOINT'
 #: Axes of the cells of one channel: of maps (N, C, H, W), and of tokens
 #: (N, L, C). Other tensors are small and kept as they are.
 CELLS = {4: (2, 3), 3: (1,)}
@@ -71,7 +71,7 @@ class Store:
         folder: str | Path,
         who: str,
         missing: str = 'error',
-        tool: str = 'tools/cache_teacher.py CONFIG',
+        tool: str = 'python tools/cache_teacher.py CONFIG',
     ) -> None:
         check_name(
             f'{who} with cache=…', 'missing', missing, ('error', 'show')

@@ -17,6 +17,7 @@ from mmkd.datasets.check import (
     check_dataset,
 )
 from mmkd.pixels import KEPT
+from mmkd.store import PREDICTING, PREDICTIONS, Store
 
 _TRAINING = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
 _TESTING = ('model', 'test_dataloader', 'test_cfg', 'test_evaluator')
@@ -43,6 +44,9 @@ def check_training(config: Config, data: bool = True) -> Report:
         _check_weights(config.load_from, 'load_from')
     for where, path in named_weights(config.model, 'model'):
         _check_weights(path, where)
+    for part in ('model', 'train_dataloader'):
+        for store, path in stores(config[part], part):
+            store.check({}, [path] if path else [])
     found = Report()
     if data:
         loader = config.train_dataloader
@@ -174,6 +178,33 @@ def named_weights(config: Any, where: str) -> Iterator[tuple[str, str]]:
     elif isinstance(config, (list, tuple)):
         for number, value in enumerate(config):
             yield from named_weights(value, f'{where}[{number}]')
+
+
+def stores(config: Any, where: str) -> Iterator[tuple[Store, str]]:
+    """What a config reads of teachers that were asked before.
+
+    Args:
+        config: Any part of a config.
+        where: Its place, for messages.
+
+    Returns:
+        Each store, and what is read of it; '' where the terms will say.
+    """
+    if isinstance(config, (list, tuple)):
+        for number, value in enumerate(config):
+            yield from stores(value, f'{where}[{number}]')
+    if not isinstance(config, Mapping):
+        return
+    cache = config.get('cache')
+    if isinstance(cache, Mapping):
+        cache = cache.get('folder')
+    if isinstance(cache, (str, os.PathLike)) and 'checkpoint' in config:
+        yield Store(cache, f'{where}.cache'), ''
+    if str(config.get('type')).removeprefix('mmkd.') == 'LoadPredictions':
+        store = Store(config['folder'], f'{where}.folder', tool=PREDICTING)
+        yield store, PREDICTIONS
+    for key, value in config.items():
+        yield from stores(value, f'{where}.{key}')
 
 
 def _check_weights(path: str | os.PathLike, where: str) -> None:

@@ -35,6 +35,37 @@ def test_checkpoints_are_checked_before_data(cfg, teachers, terms):
         check_training(cfg)
 
 
+@pytest.mark.parametrize(
+    'cache', ['gone', dict(folder='gone', missing='show')]
+)
+def test_a_cache_that_is_not_there_is_told_before_data(
+    cfg, teachers, terms, cache
+):
+    cfg.model = tiny.distilled(tiny.retinanet(), teachers, terms)
+    cfg.model.teachers.big.cache = cache
+    cfg.train_dataloader.dataset.ann_file = 'gone.json'
+    with pytest.raises(
+        FileNotFoundError, match=r'teachers\.big\.cache: .*cache_teacher\.py'
+    ):
+        check_training(cfg)
+
+
+def test_room_in_memory_is_no_folder(cfg, teachers, terms):
+    cfg.model = tiny.distilled(tiny.retinanet(), teachers, terms)
+    cfg.model.teachers.big.cache = 2.0
+    check_training(cfg)
+
+
+def test_predictions_that_are_not_there_are_told(cfg):
+    cfg.train_dataloader.dataset.pipeline.append(
+        dict(type='mmkd.LoadPredictions', folder='gone')
+    )
+    with pytest.raises(
+        FileNotFoundError, match=r'\]\.folder: .*cache_predictions\.py'
+    ):
+        check_training(cfg)
+
+
 @pytest.mark.parametrize('kind', ['mmkd.KeepForTeacher', 'mmkd.IGOverlay'])
 def test_pixels_that_are_kept_must_be_packed(cfg, kind):
     """Else teachers would be shown the student's, without a word."""
