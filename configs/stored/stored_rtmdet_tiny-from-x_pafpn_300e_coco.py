@@ -13,11 +13,11 @@ Changed besides model: auto_scale_lr.base_batch_size, custom_hooks, prepare,
     train_dataloader.dataset.pipeline.
 Teacher's weights: MMDetection's zoo, downloaded by the command that stands
     under prepare; type it first, behind python.
-Notes: RTMDet-x takes six times as long as a step of the student. Here it looks
-    at each image once, and 100 cells of it are kept, 0.3 GB in all; mosaic,
-    crops and mixed images move them with the pixels. No teacher is in memory.
-    MMDetection's config says 16 images a step for --auto-scale-lr, and trains
-    with 256.
+Notes: a forward pass of RTMDet-x has 142 GFLOPs, one of the student 8.1, by
+    MMDetection's README. Here it looks at each image once, and 100 cells of it
+    are kept, 8 kB on disk; mosaic, crops and mixed images move them with the
+    pixels. No teacher is in memory. MMDetection's config says 16 images a step
+    for --auto-scale-lr, and trains with 256.
 """
 
 _base_ = 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
