@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -42,8 +43,8 @@ KINDS = {
     str(kind): kind
     for kind in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 }
-#: Bytes of a page of LMDB, and of what it writes before an output.
-PAGE, HEADER = 4096, 16
+#: Bytes of a page of LMDB.
+PAGE = 4096
 #: Bytes that LMDB is let for itself beside what is kept in it.
 SLACK = 2**24
 #: Open files by their folder; a process may open one once.
@@ -434,7 +435,7 @@ def weights_digest(detector: nn.Module) -> str:
 
 def room_of(value: Any, precision: str) -> int:
     """Bytes that an output takes on disk, where it fills whole pages."""
-    return -(-(len(packed(value, precision)) + HEADER) // PAGE) * PAGE
+    return math.ceil(len(packed(value, precision)) / PAGE) * PAGE
 
 
 def _key(image: bytes, path: str) -> bytes:
