@@ -68,9 +68,6 @@ model = dict(
     student=_base_.model.type,
     teachers=dict(),
     terms=dict(
-        stored=dict(
-            type='mmkd.StoredPredictionTerm',
-            folder='work_dirs/predictions/rtmdet_x_coco',
-        ),
+        stored=dict(type='mmkd.StoredPredictionTerm'),
     ),
 )

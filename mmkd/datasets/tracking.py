@@ -152,8 +152,9 @@ class LoadPredictions(BaseTransform):
     """Load what a teacher predicts on an image, moved as its pixels were.
 
     They become the sample's ``teacher_predictions``, see
-    :func:`moved`; those whose cell has left the image are dropped. It stands
-    behind ``PackDetInputs``. Images are found by their identifier.
+    :func:`moved`; those whose cell has left the image are dropped. Their
+    classes stand in its metainfo, ``teacher_classes``. It stands behind
+    ``PackDetInputs``. Images are found by their identifier.
 
     Args:
         folder: What ``tools/cache_predictions.py`` wrote.
@@ -187,6 +188,8 @@ class LoadPredictions(BaseTransform):
         size = sample.metainfo['img_shape'][:2]
         found = [self._of(part, size) for part in parts]
         sample.teacher_predictions = InstanceData.cat(found)
+        classes = tuple(self.store.about['classes'])
+        sample.set_metainfo(dict(teacher_classes=classes))
         if any(part.annotated for part in parts):
             for name in ('gt_instances', 'ignored_instances'):
                 given = getattr(sample, name, {})

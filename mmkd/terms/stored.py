@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from mmdet.models.dense_heads import YOLOXHead
 from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
-from mmengine.logging import print_log
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
@@ -19,7 +16,6 @@ from mmkd.classes import a_few, training_classes
 from mmkd.ops.numeric import as_float
 from mmkd.ops.scores import bernoulli_divergence
 from mmkd.registry import MODELS
-from mmkd.store import PREDICTING, PREDICTIONS, Store
 from mmkd.structures import Step
 from mmkd.taps import maps_of, resolve
 from mmkd.terms.decoding import (
@@ -60,8 +56,6 @@ class StoredPredictionTerm(Term):
     the whole image and not on the view; that is what it costs.
 
     Args:
-        folder: What ``tools/cache_predictions.py`` wrote; the pipeline has
-            ``TrackPixels`` and ``LoadPredictions`` of the same folder.
         class_weight: The factor λ_c; 0 leaves classes out.
         box_weight: The factor λ_b; 0 leaves boxes out.
         tap: The dense head of the student.
@@ -72,9 +66,9 @@ class StoredPredictionTerm(Term):
         ``class`` and ``box``, of those whose factor is not 0.
 
     Raises:
-        ValueError: If the folder is not complete or of other classes, or the
-            student has no dense head with a sigmoid for each class and boxes
-            that can be read, while the model is built.
+        ValueError: If the student has no dense head with a sigmoid for each
+            class and boxes that can be read, while the model is built; in
+            the first step, if the predictions are of other classes.
 
     Reference:
         The idea of keeping a teacher's sparse answers is from Shen and Xing,
@@ -85,7 +79,6 @@ class StoredPredictionTerm(Term):
 
     def __init__(
         self,
-        folder: str | Path,
         class_weight: float = 1.0,
         box_weight: float = 1.0,
         tap: str = 'bbox_head',
@@ -100,8 +93,6 @@ class StoredPredictionTerm(Term):
                 )
         self.class_weight, self.box_weight = class_weight, box_weight
         self.head, self.loss_weight = tap, loss_weight
-        self.store = Store(folder, 'StoredPredictionTerm', tool=PREDICTING)
-        self.classes: tuple[str, ...] | None = None
         self._checked = False
 
     def silent(self) -> bool:
@@ -120,34 +111,14 @@ class StoredPredictionTerm(Term):
                 f' is none. Use PredictedBoxTerm, or the data set of '
                 f'tools/make_hypotheses.py, for this student.'
             )
-        self._note_classes()
-        if self.classes and own.num_classes != len(self.classes):
-            raise ValueError(
-                f'StoredPredictionTerm: the predictions are of '
-                f'{len(self.classes)} classes, the student has '
-                f'{own.num_classes}. Make them with a teacher of the same.'
-            )
         self.tap(student, self.head)
-
-    def _note_classes(self) -> None:
-        """Those of the predictions; inference does without."""
-        try:
-            self.store.check({}, [PREDICTIONS])
-        except FileNotFoundError as error:
-            print_log(
-                f'{error} (Inference with the student needs none.)',
-                logger='current',
-                level=logging.WARNING,
-            )
-            return
-        self.classes = tuple(self.store.about['classes'])
 
     def checkable(self, step: Step) -> bool:
         return False  # no image of the check comes with predictions
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        self._check_classes()
         head, _ = resolve(step.student.detector, self.head)
+        self._check_classes(head, step)
         outputs = step.student.at(self.head)
         logits, boxes = (
             maps_of(outputs, 'StoredPredictionTerm', place) for place in (0, 1)
@@ -187,17 +158,27 @@ class StoredPredictionTerm(Term):
             shares['box'] = self.loss_weight * self.box_weight * share
         return shares
 
-    def _check_classes(self) -> None:
+    def _check_classes(self, head: nn.Module, step: Step) -> None:
+        """What the predictions are of, once: their order is all there is."""
         if self._checked:
             return
         self._checked = True
+        theirs = step.samples[0].metainfo.get('teacher_classes')
+        if theirs is None:
+            return
         own = training_classes()
-        if own and self.classes and own != self.classes:
+        if head.num_classes != len(theirs):
+            raise ValueError(
+                f'StoredPredictionTerm: the predictions are of {len(theirs)} '
+                f'classes, the student has {head.num_classes}. Make them '
+                f'with a teacher of the same.'
+            )
+        if own and own != tuple(theirs):
             raise ValueError(
                 f'StoredPredictionTerm: the predictions are of the classes '
-                f'{a_few(self.classes)}, those of the data set are '
-                f'{a_few(own)}. Make them with a teacher of the same classes '
-                f'in the same order.'
+                f'{a_few(theirs)}, those of the data set are {a_few(own)}. '
+                f'Make them with a teacher of the same classes in the same '
+                f'order.'
             )
 
     def _given(self, step: Step) -> tuple[InstanceData, Tensor]:

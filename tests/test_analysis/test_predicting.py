@@ -10,6 +10,7 @@ from mmengine.dataset import pseudo_collate
 
 from mmkd.analysis import predicting
 from mmkd.analysis.predicting import main
+from mmkd.datasets.tracking import LoadPredictions
 from mmkd.registry import MODELS
 from mmkd.store import PREDICTIONS, Store
 
@@ -51,7 +52,7 @@ def run(capsys, *options):
 
 def student(model):
     """The teacher itself, taught by what it said."""
-    term = dict(type='mmkd.StoredPredictionTerm', folder='said')
+    term = dict(type='mmkd.StoredPredictionTerm')
     found = MODELS.build(tiny.distilled(model, {}, dict(said=term)))
     found.load_state_dict(torch.load('teacher.pth')['state_dict'])
     return found
@@ -180,7 +181,7 @@ def test_it_goes_on_where_it_was_interrupted(make, capsys, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(capsys)
         with pytest.raises(ValueError, match='not finished'):
-            student(heads.gfl())
+            LoadPredictions('said')
         run(capsys)
     assert len(asked) == 4
     status, told = run(capsys, '--cells', '5')

@@ -260,6 +260,7 @@ def test_a_sample_brings_its_predictions(folder):
     assert type(sample.gt_instances.bboxes) is HorizontalBoxes
     assert type(sample.ignored_instances.bboxes) is HorizontalBoxes
     assert found.logits.dtype == torch.float32
+    assert sample.teacher_classes == ('a',)
 
 
 def test_an_image_without_annotations_stays_one(folder):

@@ -26,6 +26,6 @@ model = dict(
     student=_base_.model.type,
     teachers=dict(),
     terms=dict(
-        stored=dict(type='mmkd.StoredPredictionTerm', folder=folder),
+        stored=dict(type='mmkd.StoredPredictionTerm'),
     ),
 )
