@@ -18,8 +18,8 @@ import copy
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -247,11 +247,12 @@ def _add_test(verbs: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from mmkd.engine.interrupt import Interrupted
-    from mmkd.engine.preflight import check_training
-
     try:
-        planned = _planned(options)
+        with _aside(options):
+            from mmkd.engine.interrupt import Interrupted
+            from mmkd.engine.preflight import check_training
+
+            planned = _planned(options)
         if planned is not None and options.print_config:
             return _write_config(planned, options)
         config = training_config(
@@ -302,8 +303,6 @@ def _planned(options: argparse.Namespace) -> Any:
         if not key.startswith(_PLANNED)
     }
     student = read_config(options.config, 'mmkd train', given)
-    if options.print_config == '-':
-        _log_aside()
     planned = plan(
         student if given else options.config,
         options.teacher,
@@ -320,11 +319,21 @@ def _planned(options: argparse.Namespace) -> Any:
     return planned
 
 
-def _log_aside() -> None:
-    """What is printed may go to a file, in which logs have no place."""
+@contextmanager
+def _aside(options: argparse.Namespace) -> Iterator[None]:
+    """Send what is said on the way to stderr if a config is to be printed.
+
+    The config may go to a file, in which logs have no place, nor what a
+    library prints when it is imported.
+    """
+    if options.print_config != '-':
+        yield
+        return
     for handler in MMLogger.get_current_instance().handlers:
         if getattr(handler, 'stream', None) is sys.stdout:
             handler.setStream(sys.stderr)
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def _write_config(planned: Any, options: argparse.Namespace) -> int:
