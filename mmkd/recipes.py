@@ -104,6 +104,14 @@ class Queries:
     form: bool
     maps: tuple[str, ...]
 
+    def align(self) -> dict:
+        """The argument of a term that makes the student's states as wide."""
+        own, other = self.widths
+        if own == other:
+            return {}
+        neck = dict(type='mmkd.ConvAdapt', in_channels=own, out_channels=other)
+        return dict(align=neck)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -649,6 +657,9 @@ def ld(pair: Pair) -> Terms:
 
 @_method
 def crosskd(pair: Pair) -> Terms:
+    if pair.queries is not None:
+        term = dict(type='mmkd.CrossQueryTerm', teacher=pair.teacher)
+        return dict(cross=dict(term, **pair.queries.align()))
     if pair.heads is None or pair.heads.convs < 1 or not pair.heads.strides:
         raise ValueError(
             "crosskd runs the student's head through the teacher's, which "
@@ -885,6 +896,95 @@ def clock(pair: Pair) -> Terms:
     if not pair.comparable:
         term.update(cls_weight=0.0, l1_weight=0.0, giou_weight=0.0)
     return dict(clock=term)
+
+
+@_method
+def lsh(pair: Pair) -> Terms:
+    queries = _both_ask('lsh', pair)
+    loss = dict(
+        type='mmkd.LSHLoss',
+        channels=queries.widths[1],
+        mode='lshl2',
+        hash_num=4 * queries.widths[1],
+        bias='zero',
+        unfold=1,
+        loss_weight=7.0,
+    )
+    return dict(lsh=_states(pair, loss, **queries.align()))
+
+
+@_method
+def dlkd(pair: Pair) -> Terms:
+    own, other = _both_ask('dlkd', pair).widths
+    loss = dict(
+        type='mmkd.DLKDLoss',
+        student_channels=own,
+        teacher_channels=other,
+        loss_weight=0.05,
+    )
+    return dict(dlkd=_states(pair, loss))
+
+
+@_method
+def cmkd(pair: Pair) -> Terms:
+    _both_ask('cmkd', pair)
+    loss = dict(type='mmkd.CMKDLoss', loss_weight=2.0)
+    term = _states(pair, loss, compare='logits', pairing='answers')
+    return dict(cmkd=term)
+
+
+def _states(pair: Pair, loss: Mapping, **more: Any) -> dict:
+    """A term over the queries of the last layers."""
+    return dict(
+        type='mmkd.QueryFeatureTerm',
+        teacher=pair.teacher,
+        loss=dict(loss),
+        **more,
+    )
+
+
+@_method
+def alp(pair: Pair) -> Terms:
+    queries = _both_ask('alp', pair)
+    own, other = queries.widths
+    term = dict(
+        type='mmkd.ALPQueryTerm',
+        teacher=pair.teacher,
+        pair='questions' if queries.form else 'objects',
+        channels=None if own == other else queries.widths,
+        loss_weight=5.0,
+    )
+    return dict(alp=term)
+
+
+@_method
+def mhkd(pair: Pair) -> Terms:
+    _both_ask('mhkd', pair)
+    return dict(
+        mhkd=dict(type='mmkd.MultiHeadQueryTerm', teacher=pair.teacher)
+    )
+
+
+@_method
+def mlkd_bert(pair: Pair) -> Terms:
+    """The stage of samples; that of layers is a phase of a config's own."""
+    own, other = _both_ask('mlkd_bert', pair).widths
+    term = dict(
+        type='mmkd.MLKDBertQuerySamplesTerm',
+        teacher=pair.teacher,
+        student_channels=own,
+        teacher_channels=other,
+    )
+    return dict(mlkd_bert=term)
+
+
+@_method
+def backward_pass(pair: Pair) -> Terms:
+    _both_ask('backward_pass', pair)
+    term = dict(
+        type='mmkd.BackwardQueryTerm', teacher=pair.teacher, interval=4
+    )
+    return dict(backward_pass=term)
 
 
 @_method

@@ -25,7 +25,10 @@ from mmkd.recipes import (
 from mmkd.registry import MODELS
 
 #: Methods for detectors of queries alone.
-OF_QUERIES = ('clock', 'd3etr', 'detrdistill', 'kd_detr')
+OF_QUERIES = (
+    *('alp', 'backward_pass', 'clock', 'cmkd', 'd3etr', 'detrdistill'),
+    *('dlkd', 'kd_detr', 'lsh', 'mhkd', 'mlkd_bert'),
+)
 
 
 @pytest.fixture(scope='module')
@@ -360,7 +363,9 @@ def test_methods_of_queries_fit_what_two_decoders_share():
     assert recipe('detrdistill', pair)['detrdistill']['prior_weight'] == 0
 
 
-@pytest.mark.parametrize('method', ['d3etr', 'detrdistill'])
+@pytest.mark.parametrize(
+    'method', ['alp', 'cmkd', 'd3etr', 'detrdistill', 'dlkd', 'lsh', 'mhkd']
+)
 def test_methods_of_queries_teach_unlike_decoders(method, tmp_path):
     student, teacher = detrs.detr('deformable'), detrs.detr('detr')
     plain = [copy.deepcopy(one) for one in (student, teacher)]
@@ -378,11 +383,25 @@ def test_methods_of_queries_teach_unlike_decoders(method, tmp_path):
     assert model.backbone.conv1.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize('method', ['d3etr', 'detrdistill'])
+@pytest.mark.parametrize('method', OF_QUERIES)
 def test_methods_of_queries_refuse_pairs_without(method, pair):
     assert not pair.asks
     with pytest.raises(ValueError, match=f'{method} compares decoders'):
         recipe(method, pair)
+
+
+def test_heads_of_queries_are_crossed_by_the_name_of_dense_ones(tmp_path):
+    """With a layer between states of unlike width."""
+    student = detrs.detr('dab')
+    teacher = copy.deepcopy(student)
+    pair = look(*(dict(model=one) for one in (student, teacher)), 'big')
+    assert 'align' not in recipe('crosskd', pair)['cross']
+    wide = replace(pair, queries=replace(pair.queries, widths=(16, 24)))
+    align = recipe('crosskd', wide)['cross']['align']
+    assert (align['in_channels'], align['out_channels']) == (16, 24)
+    term = recipe('crosskd', pair)['cross']
+    losses = distilled(student, teacher, term, tmp_path).loss(*tiny.batch())
+    assert {'loss_kd_x_cls', 'loss_kd_x_box'} <= set(losses)
 
 
 @pytest.mark.parametrize('method', ['kd_detr', 'clock'])
@@ -400,13 +419,6 @@ def test_detectors_of_queries_teach_by_asking(method, kinds, tmp_path):
         {key: one for key, one in losses.items() if 'loss_kd' in key}
     ).backward()
     assert model.backbone.conv1.weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize('method', ['kd_detr', 'clock'])
-def test_detectors_without_queries_are_not_asked(pair, method):
-    assert not pair.asks
-    with pytest.raises(ValueError, match='compares decoders of queries'):
-        recipe(method, pair)
 
 
 @pytest.mark.parametrize('kinds', [('dab', 'dab'), ('detr', 'deformable')])

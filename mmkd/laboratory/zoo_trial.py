@@ -85,7 +85,10 @@ FAMILIES = {
         *('crosskd', 'proposal', 'predicted'),
     ),
     'instance': ('icd', 'gid'),
-    'query': ('detrdistill', 'd3etr', 'kd_detr', 'clock'),
+    'query': (
+        *('detrdistill', 'd3etr', 'kd_detr', 'clock', 'mhkd', 'alp', 'lsh'),
+        *('dlkd', 'cmkd', 'mlkd_bert', 'backward_pass'),
+    ),
 }
 
 #: The recipe that lets the teacher predict.

@@ -1,10 +1,12 @@
 import copy
 
+import detrs
 import pytest
 import tiny
 import torch
 from mmdet.registry import MODELS
 from mmengine.runner.checkpoint import load_checkpoint
+from torchvision.ops import batched_nms
 
 from mmkd.detectors.peer_ensemble import (
     best_in,
@@ -170,6 +172,21 @@ def test_equal_students_fused_by_nms_are_one_of_them():
     one = model.students['a']
     model.students['b'].load_state_dict(one.state_dict())
     assert_same(predictions(model), predictions(one))
+
+
+def test_detectors_of_queries_answer_together():
+    """Who asks one and the same of itself twice has the answers once."""
+    one = dict(config=dict(model=detrs.detr('dab')))
+    model = tiny.build(
+        dict(type='mmkd.PeerEnsemble', students=dict(student=one, b=one))
+    ).eval()
+    first, second = model.students.values()
+    second.load_state_dict(first.state_dict())
+    (found, _), (alone, _) = predictions(model), predictions(first)
+    kept = batched_nms(alone.bboxes, alone.scores, alone.labels, 0.5)
+    assert len(kept)
+    for key in ('bboxes', 'scores', 'labels'):
+        assert torch.equal(found[key], alone[key][kept])
 
 
 def test_losses_are_those_of_every_student():
