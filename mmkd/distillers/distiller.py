@@ -28,8 +28,9 @@ from mmkd.pixels import Pixels, kept
 from mmkd.randomness import preserved, stream_seed
 from mmkd.registry import DETECTORS, MODELS
 from mmkd.structures import Step
+from mmkd.structures.nested import leaves
 from mmkd.structures.step import Shower
-from mmkd.taps import Record, counting, in_forward, recording
+from mmkd.taps import Record, counting, in_forward, recording, resolve
 from mmkd.teachers import Teacher, Teachers, run_detector
 from mmkd.terms.term import Term
 
@@ -142,6 +143,7 @@ class Distilling:
         self._seed = torch.initial_seed()
         self._guard = Guard()
         self._checked_classes = False
+        self._reached: set[str] = set()
         self.register_state_dict_pre_hook(_refuse_broken_weights)
         with preserved():
             self.teachers = Teachers(
@@ -237,6 +239,7 @@ class Distilling:
             else:
                 with recording(self, paths) as record:
                     losses = super().loss(images, samples)
+        self._check_gradients(record)
         step = self._step(
             record,
             images,
@@ -395,6 +398,31 @@ class Distilling:
         except Exception as error:  # any detector's own trouble
             return None, error
         return step, None
+
+    def _check_gradients(self, record: Record) -> None:
+        """What a part that learns returned must hand its gradient back."""
+        if not torch.is_grad_enabled():
+            return
+        for path in set(record.paths) - self._reached:
+            part, method = resolve(self, path)
+            learns = any(one.requires_grad for one in part.parameters())
+            if not (learns and method == 'forward' and record.has(path)):
+                continue
+            given = [
+                one
+                for one in leaves(record.outputs(path))
+                if one.is_floating_point()
+            ]
+            if given and not any(one.requires_grad for one in given):
+                raise ValueError(
+                    f'{type(self).__name__}: no gradient goes back through '
+                    f'{path!r}, which learns, so that no term could teach it. '
+                    f'It runs in a part that is checkpointed (with_cp, '
+                    f'activation_checkpointing): train by tools/train.py, '
+                    f'whose activation_checkpointing keeps it, or name parts '
+                    f'beside the tap.'
+                )
+            self._reached.add(path)
 
     def _check_classes(self) -> None:
         if self._checked_classes:

@@ -1,10 +1,10 @@
 """The runner behind ``mmkd train`` and ``mmkd test``.
 
-MMEngine's own, with six differences: a resumed run equals one that never
+MMEngine's own, with seven differences: a resumed run equals one that never
 stopped, checkpoints appear whole or not at all and old ones go last, a start
 that fails leaves nothing behind, Ctrl-C leaves a checkpoint, a loss that is
-not a number stops the run, and a checkpoint of another detector is an error
-instead of a warning.
+not a number stops the run, a checkpoint of another detector is an error
+instead of a warning, and what is compiled or computed twice is still tapped.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ from mmkd.compat.checkpoint import check_file, read_checkpoint
 from mmkd.engine.draws import patient
 from mmkd.engine.finite import FiniteLossHook
 from mmkd.engine.fit import Fit
+from mmkd.engine.forward import (
+    checkpointing_kept_in_the_graph,
+    compile_parts,
+)
 from mmkd.engine.interrupt import Interrupted, Interrupts
 from mmkd.engine.keep import keeping_class
 from mmkd.engine.loops import ResumableEpochLoop, ResumableIterLoop
@@ -139,8 +143,27 @@ class Trainer(Runner):
         Raises:
             Interrupted: If a signal asked to stop; the run was saved.
         """
-        with self.undone_on_failure(), self.interrupts:
+        with (
+            self.undone_on_failure(),
+            self.interrupts,
+            checkpointing_kept_in_the_graph(),
+        ):
             return super().train()
+
+    def _maybe_compile(self, target: str) -> None:
+        """Compile a distilled student's parts, any other model's step."""
+        settings, model = self.cfg.get('compile'), plain_model(self)
+        if not settings or not hasattr(model, 'terms'):
+            super()._maybe_compile(target)
+            return
+        if settings is True:
+            settings = {}
+        parts = compile_parts(model, settings)
+        self.logger.info(
+            f'compile: {" and ".join(parts) or "nothing"} of '
+            f'{type(model).__name__}, as far as no term taps a layer inside; '
+            f'the first iterations are slow.'
+        )
 
     def test(self) -> dict:
         """Launch test."""

@@ -52,7 +52,9 @@ from mmkd.distillers.distiller import Distilling
 from mmkd.files import whole
 from mmkd.laboratory.pace import load_batches
 from mmkd.laboratory.samples import annotated
+from mmkd.plan import plan
 from mmkd.randomness import preserved
+from mmkd.recipes import DEFAULT
 from mmkd.registry import MODELS
 from mmkd.schedules import Constant
 from mmkd.structures.nested import apply
@@ -717,23 +719,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=options.seed,
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    for path in options.configs:
-        name = Path(path).stem
-        try:
-            config = read_config(path, 'benchmark')
+    try:
+        for name, config in _configs(options):
             found = measure(config, settings, name)
-        except (FileNotFoundError, ValueError) as error:
-            print(error, file=sys.stderr)
-            return 2
-        print(report(found), flush=True)
-        with whole(options.out / f'{name}.json') as part:
-            part.write_text(json.dumps(found.as_dict(), indent=1) + '\n')
-        if options.page:
-            with whole(options.page) as part:
-                part.write_text(page(options.out))
-        if options.trace:
-            trace(config, settings, options.out / f'{name}.trace.json')
+            print(report(found), flush=True)
+            with whole(options.out / f'{name}.json') as part:
+                part.write_text(json.dumps(found.as_dict(), indent=1) + '\n')
+            if options.page:
+                with whole(options.page) as part:
+                    part.write_text(page(options.out))
+            if options.trace:
+                trace(config, settings, options.out / f'{name}.trace.json')
+    except (FileNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
+
+
+def _configs(options: argparse.Namespace) -> Iterator[tuple[str, Config]]:
+    """Names and configs to time: those given, or plans for them."""
+    if options.teacher is None:
+        if options.teacher_checkpoint or options.methods:
+            raise ValueError(
+                'benchmark: --teacher-checkpoint and --methods say how a '
+                'teacher teaches, but there is none. Name its config: '
+                '--teacher mmdet::folder/file.py'
+            )
+        for path in options.configs:
+            yield Path(path).stem, read_config(path, 'benchmark')
+        return
+    for path in options.configs:
+        pair = f'{Path(path).stem}-from-{Path(options.teacher).stem}'
+        for method in options.methods or [DEFAULT]:
+            with quiet():
+                planned = plan(
+                    path, options.teacher, options.teacher_checkpoint, method
+                )
+            yield f'{pair}_{method}', planned.config
 
 
 def trace(config: Config, settings: Settings, path: Path) -> None:
@@ -754,7 +776,24 @@ def _parser() -> argparse.ArgumentParser:
         description='What a distillation costs, relative to the student '
         'alone: time and memory of a step, of the teacher, of each term.',
     )
-    parser.add_argument('configs', nargs='+', metavar='CONFIG')
+    parser.add_argument(
+        'configs',
+        nargs='+',
+        metavar='CONFIG',
+        help='distillation configs; students beside --teacher',
+    )
+    parser.add_argument(
+        '--teacher',
+        metavar='CONFIG',
+        help='time its methods for the students, as mmkd train plans them',
+    )
+    parser.add_argument('--teacher-checkpoint', metavar='FILE')
+    parser.add_argument(
+        '--methods',
+        nargs='+',
+        metavar='METHOD',
+        help='as --method of mmkd train',
+    )
     whole_numbers = dict(blocks=10, steps=4, warm_up=4, batches=8, threads=1)
     for name, value in whole_numbers.items():
         parser.add_argument(

@@ -312,6 +312,31 @@ def test_the_command_prints_and_keeps(config, tmp_path, capsys):
     assert '| taught |' in (tmp_path / 'page.md').read_text()
 
 
+def test_methods_are_timed_for_a_student_and_a_teacher(
+    config, tmp_path, capsys
+):
+    weights = tmp_path / 'big.pth'
+    big = dict(model=tiny.retinanet(base=16))
+    tiny.save_teacher(tiny.retinanet(base=16), weights)
+    plain = Config(dict(config.to_dict(), model=tiny.retinanet()))
+    for name, one in dict(small=plain, big=Config(big)).items():
+        one.dump(tmp_path / f'{name}.py')
+    command = [str(tmp_path / 'small.py'), '--out', str(tmp_path)]
+    command += ['--device', 'cpu', '--synthetic', '3', '--size', '64', '64']
+    for word in ('blocks', 'steps', 'warm-up'):
+        command += [f'--{word}', '1']
+    teacher = ['--teacher', str(tmp_path / 'big.py')]
+    teacher += ['--teacher-checkpoint', str(weights)]
+    assert main([*command, *teacher, '--methods', 'pkd', 'fgd']) == 0
+    said = capsys.readouterr().out
+    for method in ('pkd', 'fgd'):
+        assert f'small-from-big_{method}: RetinaNet of RetinaNet' in said
+        kept = tmp_path / f'small-from-big_{method}.json'
+        assert [method] == list(json.loads(kept.read_text())['terms'])
+    assert main([*command, '--methods', 'pkd']) == 2
+    assert 'there is none' in capsys.readouterr().err
+
+
 def test_a_plain_config_is_refused(tmp_path, capsys):
     path = tmp_path / 'plain.py'
     Config(dict(model=tiny.retinanet())).dump(path)
