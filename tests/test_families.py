@@ -21,6 +21,7 @@ from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapper
 
 from mmkd.distillers.distiller import example_sample
+from mmkd.laboratory.zoo_trial import FAMILIES
 from mmkd.losses.pkd import pkd_loss
 from mmkd.recipes import RECIPES, look, recipe
 from mmkd.schedules import Constant
@@ -61,11 +62,7 @@ NECK = frozenset(('maskd', 'freekd'))
 #: The teacher's own loss is asked with the student's labels.
 LABELS = frozenset(('maskd', 'freekd'))
 #: Those of queries have tests of their own.
-METHODS = [
-    name
-    for name in RECIPES
-    if name not in ('clock', 'd3etr', 'detrdistill', 'kd_detr')
-]
+METHODS = [name for name in RECIPES if name not in FAMILIES['query']]
 #: The student is trained on what the teacher detects.
 DETECTS = frozenset(['predicted'])
 
