@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmkd.checks import suggest
-from mmkd.structures.nested import apply
+from mmkd.structures.nested import apply, leaves
 
 
 class Record:
@@ -81,6 +81,16 @@ class Record:
                 f'that layer instead, or set inplace=False there.'
             )
         return [call.output for call in calls]
+
+    def learns(self, path: str) -> bool:
+        """Whether a gradient can reach what a tap returned, in some call."""
+        found = [
+            one
+            for call in self._called(path)
+            for one in leaves(call.output)
+            if one.is_floating_point()
+        ]
+        return not found or any(one.requires_grad for one in found)
 
     def inputs(self, path: str) -> tuple[tuple, dict]:
         """Arguments of a tap's last call: positional ones, and by name."""

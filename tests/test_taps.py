@@ -153,6 +153,19 @@ def test_output_overwritten_in_place_is_an_error(images):
     assert record.at('1').min() >= 0
 
 
+def test_whether_a_gradient_gets_there_is_known_of_what_was_overwritten(
+    images,
+):
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
+    with recording(layers, ['0', '1']) as record:
+        layers(images)
+    assert record.learns('0')
+    assert record.learns('1')
+    with torch.no_grad(), recording(layers, ['0']) as record:
+        layers(images)
+    assert not record.learns('0')
+
+
 def test_an_inplace_layer_after_a_copy_does_no_harm(images):
     detector = Detector(inplace=True)
     with recording(detector, ['block.conv']) as record:

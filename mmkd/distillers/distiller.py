@@ -28,7 +28,6 @@ from mmkd.pixels import Pixels, kept
 from mmkd.randomness import preserved, stream_seed
 from mmkd.registry import DETECTORS, MODELS
 from mmkd.structures import Step
-from mmkd.structures.nested import leaves
 from mmkd.structures.step import Shower
 from mmkd.taps import Record, counting, in_forward, recording, resolve
 from mmkd.teachers import Teacher, Teachers, run_detector
@@ -408,12 +407,7 @@ class Distilling:
             learns = any(one.requires_grad for one in part.parameters())
             if not (learns and method == 'forward' and record.has(path)):
                 continue
-            given = [
-                one
-                for one in leaves(record.outputs(path))
-                if one.is_floating_point()
-            ]
-            if given and not any(one.requires_grad for one in given):
+            if not record.learns(path):
                 raise ValueError(
                     f'{type(self).__name__}: no gradient goes back through '
                     f'{path!r}, which learns, so that no term could teach it. '

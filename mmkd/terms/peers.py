@@ -188,6 +188,11 @@ class PeersTerm(Term):
             if self.teacher is not None:
                 teachers[self.teacher].tap(path)
         self._pixels = Pixels.of(student, 'The student')
+        # Read once: their numbers are tensors of the device.
+        self._eyes = {
+            name: Pixels.of(peer, f'Peer {name!r}')
+            for name, peer in self.peers.items()
+        }
 
     def _check_cache(self, teachers: Mapping[str, Teacher]) -> None:
         if self.teacher and teachers[self.teacher].memory is not None:
@@ -277,8 +282,8 @@ class PeersTerm(Term):
             tuple(one.metainfo.get('img_shape', step.gt.shape)[:2])
             for one in step.samples
         ]
-        pixels = Pixels.of(peer, f'Peer {name!r}')
-        images = translate(step.images, shapes, self._pixels, pixels)
+        pixels = self._pixels, self._eyes[name]
+        images = translate(step.images, shapes, *pixels)
         loss = None
         with recording(peer, self.paths) as record:
             record.size = tuple(images.shape[-2:])
