@@ -23,12 +23,17 @@ from mmengine.dataset import force_full_init
 
 from mmkd.checks import check_name
 from mmkd.files import whole
+from mmkd.reading import read_json
 from mmkd.registry import DATASETS
 
 #: How several hypotheses are made from a teacher.
 GENERATORS = ('nbest', 'sample', 'mc_dropout', 'checkpoints', 'mbr')
 #: Those that draw from what the teacher finds once.
 DRAWN = ('sample', 'mbr')
+#: Hypotheses of an image that a file may have.
+MOST = 1000
+#: What to do about a file that is none of hypotheses.
+REMEDY = 'Make it anew: python tools/make_hypotheses.py --help'
 
 
 class Boxes(NamedTuple):
@@ -345,7 +350,19 @@ class HypothesisDataset:
         return dict(self._metainfo)
 
     def _read(self, file: str | Path) -> None:
-        cache = json.loads(Path(file).read_text())
+        cache = read_json(
+            file, 'HypothesisDataset', 'hypotheses', REMEDY, kind=dict
+        )
+        try:
+            self._take(cache, file)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f'HypothesisDataset expected hypotheses in {str(file)!r}, got '
+                f'JSON of another kind ({type(error).__name__}: {error}). '
+                f'{REMEDY}'
+            ) from error
+
+    def _take(self, cache: Mapping[str, Any], file: str | Path) -> None:
         theirs = tuple(one['name'] for one in cache['categories'])
         ours = tuple(self.metainfo['classes'])
         if theirs != ours:
@@ -360,6 +377,11 @@ class HypothesisDataset:
                 f'was interrupted. Repeat its command: it goes on.'
             )
         self.number = cache['info']['num_hypotheses']
+        if not 0 < self.number <= MOST:
+            raise ValueError(
+                f'HypothesisDataset needs 1 to {MOST} hypotheses an image, '
+                f'got {self.number} in {file}. {REMEDY}'
+            )
         self.sets = {
             one['id']: [[] for _ in range(self.number)]
             for one in cache['images']
@@ -368,7 +390,7 @@ class HypothesisDataset:
             one['id']: place for place, one in enumerate(cache['categories'])
         }
         for one in cache['annotations']:
-            x, y, width, height = one['bbox']
+            x, y, width, height = map(float, one['bbox'])
             self.sets[one['image_id']][one['hyp_id']].append(
                 dict(
                     bbox=[x, y, x + width, y + height],
