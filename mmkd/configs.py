@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ DATA = ('.json', '.yaml', '.yml')
 PROGRAMS = ('custom_imports', 'prepare')
 #: Keys whose value names what is built; MMEngine imports a dotted name.
 TYPES = ('type', 'constructor', 'runner_type')
-#: Names that are looked up in a registry, and packages whose own these are.
-_REGISTERED = re.compile(r'((mmdet|mmengine|mmcv|mmkd)\.)?[A-Za-z_]\w*')
+#: Keys whose value is a package, the registries of which are imported.
+SCOPES = ('_scope_', 'default_scope')
+#: Packages of which a config of data may name parts.
+PACKAGES = ('mmdet', 'mmengine', 'mmcv', 'mmkd')
 
 
 def read_config(
@@ -64,7 +68,7 @@ def read_config(
                 f'{who} has no config file {str(path)!r}. {_nearest(path)}'
             )
         if path.suffix in DATA:
-            config = _read_data(path, who)
+            config = _read_data(path.resolve(), who)
         else:
             config = Config.fromfile(path)
     if cfg_options:
@@ -94,8 +98,7 @@ def _check_data(path: Path, who: str, below: tuple[Path, ...]) -> None:
             f'{type(content).__name__}.'
         )
     for key, value, place in _items(content, ''):
-        code = key in TYPES and isinstance(value, str)
-        if key in PROGRAMS or (code and not _REGISTERED.fullmatch(value)):
+        if _is_code(key, value):
             raise ValueError(
                 f'{who} refuses {str(path)!r}: {place}={value!r:.60} would '
                 f'run code, and a config of {path.suffix} is data. {remedy}'
@@ -105,7 +108,7 @@ def _check_data(path: Path, who: str, below: tuple[Path, ...]) -> None:
         packaged = re.fullmatch(r'(mmdet|mmkd)::([\w./-]+)', str(base))
         if packaged and '..' not in Path(packaged.group(2)).parts:
             continue  # installed here, as mmkd itself
-        other = path.parent / str(base)
+        other = (path.parent / str(base)).resolve()
         if other.suffix not in DATA or '::' in str(base) or other in below:
             raise ValueError(
                 f'{who} refuses {str(path)!r}: it inherits from {base!r}. A '
@@ -119,6 +122,21 @@ def _check_data(path: Path, who: str, below: tuple[Path, ...]) -> None:
                 f'{str(path)!r} inherits. {_nearest(other)}'
             )
         _check_data(other, who, (*below, path))
+
+
+def _is_code(key: str, value: Any) -> bool:
+    """Whether MMEngine, or mmkd, would import or run what this names."""
+    if key in SCOPES:
+        return value not in PACKAGES
+    if key in TYPES and isinstance(value, str):
+        scope, _, name = value.rpartition('.')
+        if not name.isidentifier() or (scope and scope not in PACKAGES):
+            return True
+        # What is in no registry is imported.
+        if scope:
+            return hasattr(import_module(scope), name)
+        return find_spec(name) is not None
+    return key in PROGRAMS
 
 
 def _items(content: Any, place: str) -> Iterator[tuple[str, Any, str]]:
@@ -164,8 +182,6 @@ def _read_packaged(source: str, who: str) -> Config:
 
 
 def _package_configs(package: str) -> Path | None:
-    from importlib.util import find_spec
-
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None

@@ -177,7 +177,7 @@ def test_what_is_not_there_is_not_there(tmp_path):
         (
             dict(complete=False),
             {},
-            r'not finished\. Type: python tools/cache_teacher\.py my\.py$',
+            r'not finished\. .*teacher\.py my\.py$',
         ),
     ],
 )
