@@ -109,7 +109,8 @@ def _check_data(path: Path, who: str, below: tuple[Path, ...]) -> None:
         if packaged and '..' not in Path(packaged.group(2)).parts:
             continue  # installed here, as mmkd itself
         other = (path.parent / str(base)).resolve()
-        if other.suffix not in DATA or '::' in str(base) or other in below:
+        elsewhere = '::' in str(base) or '://' in str(base)
+        if other.suffix not in DATA or elsewhere or other in below:
             raise ValueError(
                 f'{who} refuses {str(path)!r}: it inherits from {base!r}. A '
                 f'config of {path.suffix} may inherit from others of '

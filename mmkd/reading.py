@@ -22,6 +22,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 MOST_JSON = 2**33
 #: Bytes of YAML: descriptions that a person writes.
 MOST_YAML = 2**20
+#: Lists and dicts in each other, in YAML.
+DEEPEST_YAML = 50
 #: What pictures may be, whatever their files are called. Pillow knows more,
 #: and has other programs open some of it.
 FORMATS = (
@@ -124,14 +126,7 @@ def read_yaml(path: str | Path) -> Any:
         )
     try:
         text = path.read_text(encoding='utf-8-sig')
-        if any(
-            isinstance(event, yaml.AliasEvent)
-            for event in yaml.parse(text, Loader=yaml.SafeLoader)
-        ):
-            raise ValueError(
-                f'{path} repeats a part of itself by *name, which can become '
-                f'arbitrarily much. Write it out.'
-            )
+        _check_events(path, text)
         return yaml.safe_load(text)
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
@@ -140,10 +135,26 @@ def read_yaml(path: str | Path) -> Any:
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f'{path} is no YAML: {error}') from error
-    except RecursionError as error:
-        raise ValueError(
-            f'{path} is YAML nested too deep to be meant. Write it flat.'
-        ) from error
+
+
+def _check_events(path: Path, text: str) -> None:
+    """Look at YAML piece by piece, which builds nothing of it.
+
+    The time that a parser takes grows with the square of the depth.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(
+                f'{path} repeats a part of itself by *{event.anchor}, which '
+                f'can become arbitrarily much. Write it out.'
+            )
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_YAML:
+            raise ValueError(
+                f'{path} is YAML nested too deep to be meant. Write it flat.'
+            )
 
 
 @contextmanager

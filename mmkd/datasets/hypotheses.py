@@ -276,6 +276,20 @@ def annotations(
     return found
 
 
+def _corners(box: Any) -> list[float]:
+    """A box of a file, which may have been written by anyone.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if not isinstance(box, list) or not (
+        len(box) == 4 and all(isinstance(one, (int, float)) for one in box)
+    ):
+        raise TypeError(f'bbox={box!r:.40} is no box')
+    x, y, width, height = box
+    return [x, y, x + width, y + height]
+
+
 @DATASETS.register_module()
 class HypothesisDataset:
     """A data set whose annotations are a teacher's hypotheses.
@@ -390,10 +404,9 @@ class HypothesisDataset:
             one['id']: place for place, one in enumerate(cache['categories'])
         }
         for one in cache['annotations']:
-            x, y, width, height = map(float, one['bbox'])
             self.sets[one['image_id']][one['hyp_id']].append(
                 dict(
-                    bbox=[x, y, x + width, y + height],
+                    bbox=_corners(one['bbox']),
                     bbox_label=places[one['category_id']],
                     ignore_flag=0,
                 )
