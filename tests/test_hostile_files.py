@@ -193,15 +193,15 @@ def test_the_program_in_a_checkpoint_is_left_out(
     assert mark.exists(), 'this would have worked'
     path = str(tmp_path / 'a.pth')
     torch.save(dict(meta=dict(config=text, epoch=1), state_dict={}), path)
+    read = mmengine_checkpoint._load_checkpoint
     if address:
         monkeypatch.setattr(
             mmengine_checkpoint,
             'load_url',
             lambda url, **settings: torch.load(path, weights_only=True),
         )
-        path = 'https://example.org/a.pth'
-    read = mmengine_checkpoint._load_checkpoint(path)
-    assert read['meta'] == dict(epoch=1)
+    found = read('https://example.org/a.pth' if address else path)
+    assert found['meta'] == dict(epoch=1)
 
 
 def test_every_way_by_which_mmengine_reads_leaves_it_out():
