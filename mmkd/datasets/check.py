@@ -104,6 +104,7 @@ def _check_one(config: Mapping, where: str, training: bool) -> Report:
         kind = DATASETS.get(kind)
     if not (isinstance(kind, type) and issubclass(kind, BaseDataset)):
         return Report()  # not ours to judge; building it will
+    _refuse_pickles(config, where)
     report = Report(classes=named_classes(kind, config))
     root = str(config.get('data_root') or '')
     folders = config.get('data_prefix') or {}
@@ -122,6 +123,21 @@ def _check_one(config: Mapping, where: str, training: bool) -> Report:
         coco.check_places(pictures, root)
         _check_pictures(coco.pictures(pictures), pictures, where, report)
     return report
+
+
+def _refuse_pickles(config: Mapping, where: str) -> None:
+    """Files of proposals, which mmdet opens without asking.
+
+    Raises:
+        ValueError: If one is no JSON.
+    """
+    path = config.get('proposal_file')
+    if path and not str(path).endswith('.json'):
+        raise ValueError(
+            f'{where}.proposal_file={str(path)!r} is a pickle, which can run '
+            f'any code on this machine when mmdet opens it. If you trust '
+            f'whoever wrote it, add --no-data-check; else take it out.'
+        )
 
 
 def named_classes(kind: type[BaseDataset], config: Mapping) -> tuple | None:
