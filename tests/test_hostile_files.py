@@ -543,6 +543,7 @@ def test_a_cache_whose_end_is_gone_ends_no_process(tmp_path, refused):
         'python tools/cache_predictions.py "',
         'python tools/cache_predictions.pyc a',
         'python tools/cache_predictions.py \x1b[2J',
+        "python tools/cache_predictions.py '\x1b[2J rm -rf'",
         ['rm', '-rf', '~'],
     ],
 )
@@ -675,6 +676,7 @@ def _names(house, name, **settings):
         '../../../secret.png',
         '{secret}/secret.png',
         'link/../secret.png',
+        '../../set-secret.png',  # begins as the folder does
         './a/../../../../secret.png',
     ],
 )
