@@ -33,10 +33,12 @@ from mmkd.analysis.pictures import (
 from mmkd.checks import check_fraction, check_name
 from mmkd.compat.checkpoint import (
     TERM_PREFIX,
+    add_trust_option,
     check_file,
     classes_of,
     read_checkpoint,
     state_dict_of,
+    trusting,
 )
 from mmkd.configs import read_config, student_config
 from mmkd.engine.fit import Fit
@@ -46,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        print(draw(options))
+        with trusting(*options.trust_checkpoint):
+            print(draw(options))
     except (FileNotFoundError, ValueError) as error:
         print(f'image_demo.py: {error}', file=sys.stderr)
         return 1
@@ -83,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--device', help="'cpu', 'cuda:1', …; a GPU where there is one"
     )
+    add_trust_option(parser)
     return parser
 
 

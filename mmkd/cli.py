@@ -19,7 +19,12 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import (
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stdout,
+)
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import MMLogger
 
 from mmkd.checks import suggest
+from mmkd.compat.checkpoint import add_trust_option, trusting
 from mmkd.configs import read_config
 from mmkd.files import whole
 
@@ -99,7 +105,12 @@ def _run(arguments: list[str], command: list[str]) -> int:
     os.environ.setdefault('LOCAL_RANK', str(options.local_rank))
     # What the user typed, to say how to go on.
     options.command = shlex.join(command)
-    return options.run(options)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(trusting(*options.trust_checkpoint))
+        except (FileNotFoundError, ValueError) as error:
+            return _refuse(options, error)
+        return options.run(options)
 
 
 # ------------------------------------------------------------------ arguments
@@ -146,6 +157,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='do not look into annotations and pictures first',
     )
+    add_trust_option(parser)
     # torchrun and the older launcher spell it differently.
     parser.add_argument(
         '--local_rank',

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,8 +119,10 @@ class Store:
             try:
                 told = self._get(ABOUT)
                 about = json.loads(told if told is not None else b'{}')
-            except (lmdb.Error, ValueError) as error:
+            except (lmdb.Error, ValueError, RecursionError) as error:
                 raise ValueError(self._broken(error)) from error
+            if not _describes(about):
+                raise ValueError(self._broken('it says nothing of itself'))
             if about.get('format') != FORMAT:
                 raise ValueError(
                     self._broken(f'it is of version {about.get("format")}')
@@ -147,11 +150,12 @@ class Store:
                 f'{" and ".join(other)} are no longer those of the teacher. '
                 f'{self._remedy("--overwrite")}'
             )
-        lacking = [one for one in paths if one not in theirs['taps']]
+        taps = theirs.get('taps', [])
+        lacking = [one for one in paths if one not in taps]
         if lacking:
             raise ValueError(
                 f'{self.who}: the cache in {self.folder} holds '
-                f'{", ".join(theirs["taps"])}, and the terms ask for '
+                f'{", ".join(map(str, taps))}, and the terms ask for '
                 f'{", ".join(lacking)}. {self._remedy("--overwrite")}'
             )
         if not theirs.get('complete'):
@@ -161,8 +165,22 @@ class Store:
             )
 
     def _remedy(self, more: str = '') -> str:
-        command = self.about.get('command') or self.tool
-        return f'Type: {command} {more}'.rstrip()
+        return f'Type: {self.command} {more}'.rstrip()
+
+    @property
+    def command(self) -> str:
+        """What the file says made it, if that is what makes such files.
+
+        Anyone could have written it, and it is going to be typed.
+        """
+        told = str(self.about.get('command'))
+        tool = ' '.join(self.tool.split()[:2])
+        try:
+            plain = shlex.join(shlex.split(told)) == told
+        except ValueError:
+            plain = False
+        known = plain and told.isprintable() and told.startswith(f'{tool} ')
+        return told if known else self.tool
 
     def read(
         self, image: bytes, paths: Sequence[str], device: torch.device
@@ -188,7 +206,10 @@ class Store:
             lmdb.Error,
             SafetensorError,
             LookupError,
-            ValueError,
+            ValueError,  # and UnicodeError
+            TypeError,
+            AttributeError,
+            RuntimeError,  # and RecursionError
         ) as error:
             raise ValueError(self._broken(error)) from error
         return entry
@@ -261,9 +282,15 @@ class Store:
                 f'{self.who}: there is no cache in {self.folder}. Make it '
                 f'with: {self.tool} --out {self.folder}'
             )
-        return lmdb.open(
+        file = lmdb.open(
             str(self.folder), readonly=True, lock=False, readahead=False
         )
+        size = (file.info()['last_pgno'] + 1) * file.stat()['psize']
+        if (self.folder / 'data.mdb').stat().st_size < size:
+            # What is mapped and not there would end the process.
+            file.close()
+            raise ValueError(self._broken(f'of {size} bytes the end is gone'))
+        return file
 
     def _get(self, key: bytes) -> bytes | None:
         with self._file.begin() as transaction:
@@ -286,6 +313,11 @@ class Store:
             f'{self.who}: the cache in {self.folder} cannot be read ({why}). '
             f'Make it anew: {self.tool} --overwrite.'
         )
+
+
+def _describes(about: Any) -> bool:
+    """Whether a file says of itself what every store says."""
+    return isinstance(about, dict) and isinstance(about.get('taps', []), list)
 
 
 def _let_go() -> None:

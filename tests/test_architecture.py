@@ -15,6 +15,7 @@ ORDER = (
     'compat',
     'checks',
     'files',
+    'reading',
     'classes',
     'build',
     'randomness',

@@ -174,13 +174,18 @@ def test_what_is_not_there_is_not_there(tmp_path):
     [
         ({}, dict(weights='other'), r'stale, for its weights'),
         (dict(taps=['backbone']), {}, r'holds backbone, and.*ask for neck'),
-        (dict(complete=False), {}, r'not finished\. Type: do it$'),
+        (
+            dict(complete=False),
+            {},
+            r'not finished\. .*teacher\.py my\.py$',
+        ),
     ],
 )
 def test_what_a_teacher_would_not_say_is_refused(
     tmp_path, about, wanted, message
 ):
-    written(tmp_path, {}, command='do it', **about)
+    command = 'python tools/cache_teacher.py my.py'
+    written(tmp_path, {}, command=command, **about)
     store = Store(tmp_path, WHO)
     with pytest.raises(ValueError, match=message):
         store.check(dict(dict(weights='w'), **wanted), ['neck'])

@@ -32,6 +32,7 @@ from mmkd.configs import read_config
 from mmkd.datasets.attribution import INDEX, map_file
 from mmkd.files import check_free, whole
 from mmkd.ops.integrated_gradients import blurred, integrated_gradients
+from mmkd.reading import read_json
 from mmkd.structures import GroundTruth
 from mmkd.teachers import Teacher
 from mmkd.terms.decoding import decodable
@@ -130,7 +131,7 @@ def _begin(
     """Leave the maps that are to be kept, and an index that says so."""
     index = Path(options.out, INDEX)
     if index.is_file():
-        theirs = json.loads(index.read_text())
+        theirs = read_json(index, WHO, kind=dict)
         if goes_on(WHO, options, info, theirs):
             return
     else:

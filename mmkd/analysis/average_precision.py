@@ -8,7 +8,6 @@ and AP of a resampled test set costs milliseconds.
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -23,6 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 from mmkd.analysis.statistics import Interval, percentile_interval
 from mmkd.checks import check_name
+from mmkd.reading import read_json
 
 __all__ = ['ImageMatches', 'bootstrap', 'draw_counts', 'resample']
 
@@ -431,7 +431,7 @@ def bootstrap(
 
 
 def _results(truth: COCO, path: str | Path) -> COCO:
-    results = json.loads(Path(path).read_text(encoding='utf-8'))
+    results = read_json(path, 'ImageMatches', 'detections', kind=list)
     if results:
         return truth.loadRes(results)
     empty = COCO()  # loadRes looks into the first detection

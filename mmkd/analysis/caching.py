@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mmkd.analysis.offline import EVERY, command, store_goes_on, typed
 from mmkd.checks import check_name
+from mmkd.compat.checkpoint import add_trust_option
 from mmkd.configs import read_config
 from mmkd.distillers.distiller import Distilling
 from mmkd.memory import GIB, Memory
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--overwrite', action='store_true', help='begin anew in any case'
     )
+    add_trust_option(parser)
     parser.add_argument(
         '--overwrite-if-changed',
         action='store_true',

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from mmkd.checks import check_name
 from mmkd.compat.checkpoint import (
+    add_trust_option,
     classes_of,
     read_checkpoint,
     state_dict_of,
+    trusting,
 )
 from mmkd.configs import read_config
 from mmkd.detectors.factorized import LowRankLinear, factorize
@@ -85,9 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         '--overwrite', action='store_true', help='replace files of that name'
     )
+    add_trust_option(parser)
     options = parser.parse_args(arguments)
     try:
-        layers = write(options)
+        with trusting(*options.trust_checkpoint):
+            layers = write(options)
     except (OSError, ValueError) as error:
         print(f'factorize.py: {error}', file=sys.stderr)
         return 1

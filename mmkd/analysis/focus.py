@@ -17,7 +17,12 @@ from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from mmkd.analysis.pictures import attention_over, mosaic
-from mmkd.compat.checkpoint import read_checkpoint, state_dict_of
+from mmkd.compat.checkpoint import (
+    add_trust_option,
+    read_checkpoint,
+    state_dict_of,
+    trusting,
+)
 from mmkd.configs import read_config
 from mmkd.ops.attention import spatial_attention
 from mmkd.ops.masks import background_mask, foreground_mask
@@ -43,9 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--tap', default='neck', help='whose maps are shown')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', default='focus.png')
+    add_trust_option(parser)
     options = parser.parse_args(arguments)
     try:
-        path = show(options)
+        with trusting(*options.trust_checkpoint):
+            path = show(options)
     except (OSError, ValueError) as error:
         print(f'show_focus.py: {error}', file=sys.stderr)
         return 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -38,6 +37,7 @@ from mmkd.datasets.hypotheses import (
     nbest,
     write_cache,
 )
+from mmkd.reading import read_json
 from mmkd.teachers import Teacher
 
 #: Settings that say which file it is; others change nothing in it.
@@ -139,7 +139,7 @@ def _begun(
 ) -> dict:
     out = Path(options.out)
     if not options.overwrite and out.is_file():
-        cache = json.loads(out.read_text())
+        cache = read_json(out, 'make_hypotheses.py', kind=dict)
         theirs = cache.get('info', {})
         if goes_on('make_hypotheses.py', options, info, theirs):
             return cache

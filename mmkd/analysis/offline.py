@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from mmdet.registry import DATASETS
 
-from mmkd.compat.checkpoint import check_file
+from mmkd.compat.checkpoint import add_trust_option, check_file, trusting
 from mmkd.store import Store
 from mmkd.teachers import Teacher
 
@@ -27,7 +27,8 @@ def command(
 ) -> int:
     """Run a tool; what a user can mend is told without a traceback."""
     try:
-        make(options)
+        with trusting(*options.trust_checkpoint):
+            make(options)
     except (FileNotFoundError, FileExistsError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -41,6 +42,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--img-prefix', help='their folder')
     parser.add_argument('--device', default='cpu')
+    add_trust_option(parser)
     parser.add_argument(
         '--overwrite', action='store_true', help='begin anew in any case'
     )

@@ -16,6 +16,8 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkd.reading import check_picture
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -195,6 +197,7 @@ def read_image(image: str | Path | np.ndarray) -> np.ndarray:
     path = Path(image)
     if not path.is_file():
         raise FileNotFoundError(f'There is no image {str(path)!r}.')
+    check_picture(path)
     pixels = mmcv.imread(str(path))
     if pixels is None:
         raise ValueError(

@@ -6,20 +6,29 @@ harmless. What MMEngine's training checkpoints hold beyond tensors is declared
 harmless here, once, for both stacks: buffers of logged values, NumPy arrays
 and scalars, and ``getattr``, which is replaced by a function that hands out
 four methods and nothing else.
+
+A file that asks for more is refused, unless :func:`trusting` names it.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import hashlib
 import os
 import pickle
 import re
+import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -29,11 +38,13 @@ from torch import Tensor
 
 __all__ = [
     'CheckpointError',
+    'add_trust_option',
     'allow_checkpoints',
     'check_file',
     'classes_of',
     'read_checkpoint',
     'state_dict_of',
+    'trusting',
 ]
 
 #: Weights of terms in a distilled student's checkpoint; no detector's own.
@@ -48,6 +59,17 @@ _CORES = ('numpy.core', 'numpy._core')
 _CODES = '?bBhHiIlLqQefdgFDGSUmM'
 #: Wrappers whose name a state dict's keys may start with.
 _WRAPPERS = ('module.', '_orig_mod.')
+#: The file of an address whose name ends in digits of its SHA-256, as those
+#: of torchvision and OpenMMLab do.
+_HASHED = re.compile(r'-([a-f0-9]{8,64})\.\w+$')
+#: What an address ends in that says the whole SHA-256 of its file.
+_SHA256 = '#sha256='
+#: Files that may be unpickled in full, with the SHA-256 of each, and those of
+#: them that were.
+_TRUSTED: ContextVar[Mapping[Path, str]] = ContextVar(
+    'trusted', default=MappingProxyType({})
+)
+_NEEDED: ContextVar[set[Path]] = ContextVar('needed')
 
 
 class CheckpointError(ValueError):
@@ -70,9 +92,10 @@ def allow_checkpoints() -> None:
         prefixes='', loader=load_from_local, force=True
     )
     # Behind https://, torchvision:// and open-mmlab://.
-    mmengine_checkpoint.load_url = partial(
-        torch.hub.load_state_dict_from_url, weights_only=True
-    )
+    mmengine_checkpoint.load_url = load_from_url
+    schemes = mmengine_checkpoint.CheckpointLoader._schemes
+    for prefix, loader in schemes.items():
+        schemes[prefix] = _disarming(loader)
     # The fork's only door to unsafe reading.
     if hasattr(mmengine_checkpoint, '_safe_torch_load'):
         mmengine_checkpoint._safe_torch_load = _load_safely
@@ -125,6 +148,73 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
     return read_checkpoint(filename, map_location)
 
 
+def load_from_url(
+    url: str,
+    model_dir: str | None = None,
+    map_location: Any = None,
+    progress: bool = True,
+) -> dict:
+    """Fetch a checkpoint once, compare its SHA-256 and read it safely.
+
+    It is compared with ``#sha256=…`` behind the address, each time it is
+    read; else with the digits that the file's name ends in, if it does, when
+    it is fetched.
+
+    Args:
+        url: ``https://…``.
+        model_dir: Where files are kept; torch's cache if None.
+        map_location: As for ``torch.load``.
+        progress: Whether to show how far the download is.
+
+    Raises:
+        CheckpointError: If it is another file, or not safe to read.
+    """
+    url, _, digest = url.partition(_SHA256)
+    name = Path(urlparse(url).path).name
+    folder = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'))
+    path = folder / name
+    known = _HASHED.search(name)
+    prefix = digest.lower() or (known.group(1) if known else None)
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), prefix, progress)
+        except RuntimeError as error:
+            if 'hash' not in str(error):
+                raise
+            raise CheckpointError(
+                f'{url} is not the file that was recorded: {error}. Nothing '
+                f'of it was kept. Ask its publisher, or name another file.'
+            ) from error
+    if digest and sha256_of(path) != digest.lower():
+        raise CheckpointError(
+            f'{path} is not the file that was recorded for {url}: its SHA-256 '
+            f'is {sha256_of(path)}. Remove it (rm {path}), so that it is '
+            f'fetched again.'
+        )
+    return read_checkpoint(path, map_location)
+
+
+def _disarming(loader: Callable) -> Callable:
+    """A reader of MMEngine whose file brings no program along.
+
+    MMEngine runs what stands under ``meta.config`` as Python when it resumes.
+    mmdet 2.x wrote it, and nobody needs it.
+    """
+    if hasattr(loader, '__wrapped__'):
+        return loader
+
+    @wraps(loader)
+    def read(*args: Any, **kwargs: Any) -> Any:
+        checkpoint = loader(*args, **kwargs)
+        meta = getattr(checkpoint, 'get', {}.get)('meta')
+        if isinstance(meta, dict):
+            meta.pop('config', None)
+        return checkpoint
+
+    return read
+
+
 def _load_safely(
     file: Any, map_location: Any = None, weights_only: bool | None = None
 ) -> Any:
@@ -168,31 +258,148 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict:
     return checkpoint
 
 
+@contextmanager
+def trusting(*files: str | Path) -> Iterator[None]:
+    """Let these files be unpickled in full, whatever code they run.
+
+    For files of old programs, from people you trust. It holds inside of the
+    block, for these files as they are when it begins; each is read safely if
+    it can be, and named on stderr if it cannot.
+
+    Args:
+        files: Checkpoints on this disk.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is no checkpoint.
+    """
+    paths = [check_file(one, '--trust-checkpoint') for one in files]
+    named = {one.resolve(): sha256_of(one) for one in paths}
+    trusted = _TRUSTED.set({**_TRUSTED.get(), **named})
+    needed = _NEEDED.set(set())
+    try:
+        yield
+        for path in sorted(named.keys() - _NEEDED.get()):
+            _tell(f'{path} needed no trust; leave --trust-checkpoint out.')
+    finally:
+        _TRUSTED.reset(trusted)
+        _NEEDED.reset(needed)
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Give a command the option whose files :func:`trusting` takes."""
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='append',
+        default=[],
+        metavar='FILE',
+        help='unpickle this checkpoint even if it asks for code to be run; '
+        'only for files of people you trust',
+    )
+
+
+def sha256_of(path: str | Path) -> str:
+    """Digest of a file, in hexadecimal digits."""
+    with open(path, 'rb') as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _trusts(path: Path) -> bool:
+    """Whether a file was named, and is still what it was."""
+    digest = _TRUSTED.get().get(path.resolve())
+    if digest is None:
+        return False
+    if digest != sha256_of(path):
+        raise CheckpointError(
+            f'{str(path)!r} was changed since --trust-checkpoint named it; '
+            f'nothing of it was run. Look who writes there.'
+        )
+    return True
+
+
+def _unpickled(path: Path, map_location: Any, wanted: str) -> Any:
+    """A trusted file, which may do as it likes."""
+    _NEEDED.get().add(path.resolve())
+    _tell(
+        f'{path} asks for {wanted} and is trusted: it may run any code on '
+        f'this machine, now. Its SHA-256 is {sha256_of(path)}.'
+    )
+    try:
+        return torch.load(path, map_location=map_location, weights_only=False)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(
+            f'{str(path)!r} needs what is not installed here ({error}). '
+            f'Install it, or save the weights alone where it is.'
+        ) from error
+
+
+def _tell(warning: str) -> None:
+    print(f'WARNING: {warning}', file=sys.stderr, flush=True)
+
+
 def _describe(thing: Any) -> str:
     if isinstance(thing, Mapping):
         return 'an empty one'
     return f'an object of type {type(thing).__name__}'
 
 
+#: What a file that is damaged, or made to harm, can raise while it is read.
+_BROKEN = (
+    EOFError,
+    RuntimeError,  # and RecursionError
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    OSError,
+)
+
+
 def _read_pickle(path: Path, map_location: Any) -> Any:
+    _check_room(path)
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, AttributeError, TypeError) as error:
         wanted = _unsafe_names(path, error)
         if not wanted:
             raise _damaged(path, error) from error
+        if _trusts(path):
+            return _unpickled(path, map_location, wanted)
         raise CheckpointError(
             f'read_checkpoint refuses {str(path)!r}: it holds more than '
             f'weights and asks for {wanted}, which could run any code on this '
             f'machine; nothing of it was run. If you trust whoever wrote it, '
-            f'convert it once on a machine without secrets: python -c "import '
-            f'torch; c = torch.load({str(path)!r}, weights_only=False); '
-            f"torch.save(dict(state_dict=c['state_dict']), 'weights.pth')\""
+            f'name it once more: --trust-checkpoint {path}'
         ) from error
-    except (EOFError, RuntimeError, ValueError, KeyError) as error:
+    except _BROKEN as error:
         if 'CUDA' in str(error) and 'deserialize' in str(error):
             raise  # a matter of map_location, and torch says so
         raise _damaged(path, error) from error
+
+
+def _check_room(path: Path) -> None:
+    """An archive must not be larger inside than it is.
+
+    torch compresses nothing, and a few kilobytes could become all memory.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = sum(one.file_size for one in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise _damaged(path, error) from error
+    if inside > path.stat().st_size:
+        raise CheckpointError(
+            f'read_checkpoint refuses {str(path)!r}: of its '
+            f'{path.stat().st_size} bytes would become {inside}, which torch '
+            f'never writes. If you trust whoever compressed it, unpack it and '
+            f'save its weights with torch.save.'
+        )
 
 
 def _unsafe_names(path: Path, error: Exception) -> str:

@@ -7,7 +7,6 @@ image behind them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from mmcv.transforms import BaseTransform
 
 from mmkd.checks import check_fraction
 from mmkd.pixels import KEPT
+from mmkd.reading import check_picture, read_json
 from mmkd.registry import TRANSFORMS
 
 #: The file of a folder of maps that says how they were made.
@@ -84,7 +84,8 @@ class LoadIGMap(BaseTransform):
                 f'LoadIGMap needs a folder of attribution maps, but found no '
                 f'{str(index)!r}. {self._make}'
             )
-        if not json.loads(index.read_text())['complete']:
+        known = read_json(index, 'LoadIGMap', 'an index', self._make, dict)
+        if not known.get('complete'):
             raise ValueError(
                 f'LoadIGMap needs the maps of all images, but those in '
                 f'{str(ig_dir)!r} were interrupted. Repeat the command, and '
@@ -99,13 +100,18 @@ class LoadIGMap(BaseTransform):
                 f'with_seg=False in LoadAnnotations.'
             )
         file = map_file(self.ig_dir, results['img_id'])
-        heat = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
-        if heat is None:
+        if not file.is_file():
             raise FileNotFoundError(
                 f'LoadIGMap found no map {str(file)!r} of image '
                 f'{results["img_id"]}. Make the maps from the set that is '
                 f'trained on: --ann-file and --img-prefix name another. '
                 f'{self._make}'
+            )
+        check_picture(file)
+        heat = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
+        if heat is None:
+            raise ValueError(
+                f'LoadIGMap cannot decode the map {str(file)!r}. {self._make}'
             )
         height, width = results['img_shape'][:2]
         heat = heat.astype(np.float32) / 255

@@ -8,7 +8,6 @@ counted warning where training can rightly go on.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,12 +19,28 @@ import numpy as np
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.dataset import BaseDataset
-from PIL import Image, ImageFile
 
 from mmkd.checks import suggest
+from mmkd.reading import (
+    OversizedError,
+    decodes,
+    opened_picture,
+    read_json,
+)
 
 #: Pictures whose bytes are looked at; spread over larger data sets.
 SAMPLE = 2000
+#: What the fields of a COCO file are.
+_TYPES = dict(
+    id=(str, int),
+    image_id=(str, int),
+    category_id=(str, int),
+    file_name=(str,),
+    height=(float, int),
+    width=(float, int),
+    area=(float, int),
+    bbox=(object,),  # looked at with the others
+)
 #: Last bytes of a complete JPEG and PNG.
 _ENDS = {'.jpg': b'\xff\xd9', '.jpeg': b'\xff\xd9', '.png': b'IEND\xaeB`\x82'}
 
@@ -89,6 +104,7 @@ def _check_one(config: Mapping, where: str, training: bool) -> Report:
         kind = DATASETS.get(kind)
     if not (isinstance(kind, type) and issubclass(kind, BaseDataset)):
         return Report()  # not ours to judge; building it will
+    _refuse_pickles(config, where)
     report = Report(classes=named_classes(kind, config))
     root = str(config.get('data_root') or '')
     folders = config.get('data_prefix') or {}
@@ -104,8 +120,24 @@ def _check_one(config: Mapping, where: str, training: bool) -> Report:
     if _is_plain_coco(kind):
         coco = _Coco(annotations, where, report, training, config)
         coco.check()
+        coco.check_places(pictures, root)
         _check_pictures(coco.pictures(pictures), pictures, where, report)
     return report
+
+
+def _refuse_pickles(config: Mapping, where: str) -> None:
+    """Files of proposals, which mmdet opens without asking.
+
+    Raises:
+        ValueError: If one is no JSON.
+    """
+    path = config.get('proposal_file')
+    if path and not str(path).endswith('.json'):
+        raise ValueError(
+            f'{where}.proposal_file={str(path)!r} is a pickle, which can run '
+            f'any code on this machine when mmdet opens it. If you trust '
+            f'whoever wrote it, add --no-data-check; else take it out.'
+        )
 
 
 def named_classes(kind: type[BaseDataset], config: Mapping) -> tuple | None:
@@ -196,14 +228,7 @@ class _Coco:
         self.annotations: list[dict] = content.get('annotations', [])
 
     def _read(self) -> dict:
-        try:
-            with open(self.path, encoding='utf-8') as file:
-                content = json.load(file)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f'{self.who} expected COCO annotations, got a file that is '
-                f'no JSON ({error}). Copy or write it again.'
-            ) from error
+        content = read_json(self.path, self.where, 'COCO annotations')
         needed = ['images', 'categories']
         needed += ['annotations'] if self.training else []
         if not isinstance(content, dict) or any(
@@ -228,6 +253,7 @@ class _Coco:
         self._require(
             self.annotations, 'annotation', 'id image_id category_id bbox area'
         )
+        self._require(self.categories, 'category', 'id')
         self._unique(self.images, 'image')
         self._unique(self.annotations, 'annotation')
         self._check_categories()
@@ -236,12 +262,23 @@ class _Coco:
 
     def _require(self, entries: list[dict], what: str, keys: str) -> None:
         for number, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise ValueError(
+                    f'{self.who}: {what} number {number} is no dict, but '
+                    f'{entry!r:.40}. Write it again.'
+                )
             for key in keys.split():
                 if key not in entry:
                     raise ValueError(
                         f'{self.who}: {what} number {number} (id '
                         f'{entry.get("id")!r}) has no {key!r}, which mmdet '
                         f'reads. Add it to every {what}.'
+                    )
+                if not isinstance(entry[key], _TYPES[key]):
+                    raise ValueError(
+                        f'{self.who}: {what} number {number} has '
+                        f'{key}={entry[key]!r:.40}, which is no '
+                        f'{_TYPES[key][-1].__name__}. Correct it.'
                     )
 
     def _unique(self, entries: list[dict], what: str) -> None:
@@ -378,6 +415,26 @@ class _Coco:
             f'box (image {_few(bare)}); they are {fate}.'
         )
 
+    def check_places(self, folder: str, root: str) -> None:
+        """Whether each picture lies where the config says pictures lie."""
+        homes = [one for one in (folder or '.', root) if one]
+        outside = [
+            one['file_name']
+            for one in self.images
+            if not _is_inside(one['file_name'], folder, homes)
+        ]
+        if outside:
+            path = os.path.realpath(os.path.join(folder, outside[0]))
+            raise ValueError(
+                f'{self.who}: {len(outside)} of {len(self.images)} images '
+                f'leave the folder {homes[-1]!r}, the first by '
+                f'file_name={outside[0]!r}, which is {path!r}. Annotations '
+                f'of others must not choose any file of this machine. If '
+                f'that is where your images are, set data_root to a folder '
+                f'that holds them all, with ann_file and data_prefix from '
+                f'there.'
+            )
+
     def pictures(self, folder: str) -> list[tuple[str, tuple[int, int]]]:
         return [
             (
@@ -386,6 +443,17 @@ class _Coco:
             )
             for one in self.images
         ]
+
+
+def _is_inside(name: str, folder: str, homes: Sequence[str]) -> bool:
+    """Whether a file that is named from a folder lies in one of others.
+
+    Links inside of a folder are its owner's own, and may lead anywhere, but
+    what goes up by ``..`` is followed.
+    """
+    place = os.path.realpath if '..' in Path(name).parts else os.path.abspath
+    path = place(os.path.join(folder, name))
+    return any(path.startswith(os.path.join(place(one), '')) for one in homes)
 
 
 # ------------------------------------------------------------------- pictures
@@ -452,6 +520,9 @@ def _nearest_picture(path: str) -> str:
 def is_whole(path: str | Path) -> bool:
     """Whether a picture can be read to its end.
 
+    Raises:
+        OversizedError: If it claims more pixels than Pillow opens.
+
     OpenCV reads a JPEG that was cut off without complaint and fills the rest
     with grey.
     """
@@ -463,32 +534,21 @@ def is_whole(path: str | Path) -> bool:
             if file.read() == end:
                 return _opens(path)
     # Some cameras write on after the end, and other formats have none.
-    return _decodes(path)
+    return decodes(path)
 
 
 def _opens(path: str | Path) -> bool:
     try:
-        with Image.open(path):
+        with opened_picture(path):
             return True
+    except OversizedError:
+        raise
     except (OSError, ValueError):
         return False
 
 
-def _decodes(path: str | Path) -> bool:
-    forgiving = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError):
-        return False
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = forgiving
-    return True
-
-
 def _has_size(path: str, size: tuple[int, int]) -> bool:
-    with Image.open(path) as image:
+    with opened_picture(path) as image:
         # Either way round: a photograph may carry its rotation beside it.
         return image.size in (tuple(size), tuple(size)[::-1])
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from mmkd.datasets.voc import area
 from mmkd.files import whole
+from mmkd.reading import read_json
 from mmkd.version import __version__
 
 #: The data card: what is there, where it is from, how it was made.
@@ -234,10 +235,9 @@ def pixel_digest(image: np.ndarray) -> str:
 
 def _read_card(folder: Path) -> dict | None:
     try:
-        card = json.loads((folder / CARD).read_text(encoding='utf-8'))
+        return read_json(folder / CARD, 'CocoWriter', kind=dict)
     except (OSError, ValueError):
         return None
-    return card if isinstance(card, dict) else None
 
 
 def _dump(value: Any) -> str:

@@ -23,12 +23,17 @@ from mmengine.dataset import force_full_init
 
 from mmkd.checks import check_name
 from mmkd.files import whole
+from mmkd.reading import read_json
 from mmkd.registry import DATASETS
 
 #: How several hypotheses are made from a teacher.
 GENERATORS = ('nbest', 'sample', 'mc_dropout', 'checkpoints', 'mbr')
 #: Those that draw from what the teacher finds once.
 DRAWN = ('sample', 'mbr')
+#: Hypotheses of an image that a file may have.
+MOST = 1000
+#: What to do about a file that is none of hypotheses.
+REMEDY = 'Make it anew: python tools/make_hypotheses.py --help'
 
 
 class Boxes(NamedTuple):
@@ -271,6 +276,20 @@ def annotations(
     return found
 
 
+def _corners(box: Any) -> list[float]:
+    """A box of a file, which may have been written by anyone.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if not isinstance(box, list) or not (
+        len(box) == 4 and all(isinstance(one, (int, float)) for one in box)
+    ):
+        raise TypeError(f'bbox={box!r:.40} is no box')
+    x, y, width, height = box
+    return [x, y, x + width, y + height]
+
+
 @DATASETS.register_module()
 class HypothesisDataset:
     """A data set whose annotations are a teacher's hypotheses.
@@ -345,7 +364,19 @@ class HypothesisDataset:
         return dict(self._metainfo)
 
     def _read(self, file: str | Path) -> None:
-        cache = json.loads(Path(file).read_text())
+        cache = read_json(
+            file, 'HypothesisDataset', 'hypotheses', REMEDY, kind=dict
+        )
+        try:
+            self._take(cache, file)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f'HypothesisDataset expected hypotheses in {str(file)!r}, got '
+                f'JSON of another kind ({type(error).__name__}: {error}). '
+                f'{REMEDY}'
+            ) from error
+
+    def _take(self, cache: Mapping[str, Any], file: str | Path) -> None:
         theirs = tuple(one['name'] for one in cache['categories'])
         ours = tuple(self.metainfo['classes'])
         if theirs != ours:
@@ -360,6 +391,11 @@ class HypothesisDataset:
                 f'was interrupted. Repeat its command: it goes on.'
             )
         self.number = cache['info']['num_hypotheses']
+        if not 0 < self.number <= MOST:
+            raise ValueError(
+                f'HypothesisDataset needs 1 to {MOST} hypotheses an image, '
+                f'got {self.number} in {file}. {REMEDY}'
+            )
         self.sets = {
             one['id']: [[] for _ in range(self.number)]
             for one in cache['images']
@@ -368,10 +404,9 @@ class HypothesisDataset:
             one['id']: place for place, one in enumerate(cache['categories'])
         }
         for one in cache['annotations']:
-            x, y, width, height = one['bbox']
             self.sets[one['image_id']][one['hyp_id']].append(
                 dict(
-                    bbox=[x, y, x + width, y + height],
+                    bbox=_corners(one['bbox']),
                     bbox_label=places[one['category_id']],
                     ignore_flag=0,
                 )

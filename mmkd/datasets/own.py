@@ -98,6 +98,7 @@ def prepare_own(
     seed: int = 0,
     classes: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
+    outside: bool = False,
 ) -> dict:
     """Write a folder of annotated images as a COCO data set.
 
@@ -118,6 +119,8 @@ def prepare_own(
         classes: Classes to keep, in this order; if None all, sorted or in
             the order of their ids.
         say: Called with each line of progress, warnings among them.
+        outside: Whether images may lie outside of the folder, as links and
+            a ``data.yaml`` can say.
 
     Returns:
         The data card.
@@ -130,6 +133,8 @@ def prepare_own(
     readers = dict(voc=read_voc_folder, yolo=read_yolo_folder)
     check_name('prepare_own', 'kind', kind, readers)
     folder = readers[kind](Path(source))
+    if not outside:
+        _check_inside(folder)
     classes = _chosen(folder, classes)
     splits, divided = _divided(folder, val, test, seed)
     recipe = dict(
@@ -222,6 +227,19 @@ def read_yolo_folder(path: Path) -> Folder:
     found = Counter(without_annotation=_unannotated(splits))
     home = path.parent if path.is_file() else path
     return Folder(home, tuple(layout.names.values()), splits, found)
+
+
+def _check_inside(folder: Folder) -> None:
+    """What is copied must not be chosen by a file that others wrote."""
+    home = folder.path.resolve()
+    for sample in folder.samples():
+        found = sample.image.resolve()
+        if home not in found.parents:
+            raise ValueError(
+                f'{folder.path} would take {str(sample.image)!r} into the '
+                f'data set, which is {str(found)!r} and so outside of that '
+                f'folder. If that is where your images are, add --outside.'
+            )
 
 
 def _subfolder(path: Path, names: Sequence[str]) -> Path:

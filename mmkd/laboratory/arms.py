@@ -11,7 +11,12 @@ from pathlib import Path
 import numpy as np
 from mmengine.config import Config, ConfigDict
 
-from mmkd.configs import OPTIONAL_KEYS, OWN_KEYS, student_config
+from mmkd.configs import (
+    OPTIONAL_KEYS,
+    OWN_KEYS,
+    read_config,
+    student_config,
+)
 from mmkd.laboratory.runs import iterations
 from mmkd.recipes import RECIPES, Pair, inherits, recipe
 
@@ -86,7 +91,7 @@ def distilled(
         method: A recipe's name, or the path of a config with ``terms``.
         share: Weight by gradient; None keeps published weights.
     """
-    own = Config.fromfile(method) if method not in RECIPES else None
+    own = read_config(method) if method not in RECIPES else None
     name = Path(method).stem
     teacher = dict(teacher)
     shown_another = teacher.pop('sham', False)

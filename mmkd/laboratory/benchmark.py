@@ -54,6 +54,7 @@ from mmkd.laboratory.pace import load_batches
 from mmkd.laboratory.samples import annotated
 from mmkd.plan import plan
 from mmkd.randomness import preserved
+from mmkd.reading import read_json
 from mmkd.recipes import DEFAULT
 from mmkd.registry import MODELS
 from mmkd.schedules import Constant
@@ -647,7 +648,7 @@ def page(folder: Path) -> str:
     """The measurements of a folder as a page, by machine and versions."""
     groups: dict[str, list[Timing]] = {}
     for path in sorted(folder.glob('*.json')):
-        one = Timing(**json.loads(path.read_text()))
+        one = Timing(**read_json(path, 'benchmark', 'a timing', kind=dict))
         groups.setdefault(_circumstances(one.facts), []).append(one)
     parts = [HEAD]
     for title, timings in groups.items():

@@ -57,6 +57,7 @@ from mmkd.laboratory.results import (
 from mmkd.laboratory.runs import DONE, Run, carry_out, iterations
 from mmkd.laboratory.shuffled import save_shuffled
 from mmkd.laboratory.verify import records, verify
+from mmkd.reading import read_json
 from mmkd.recipes import DEFAULT, RECIPES, Pair, look
 
 ARMS = ('alone', 'time', 'distilled', 'sham')
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.diff:
             one, other = (
-                json.loads(Path(path).read_text(encoding='utf-8'))
+                read_json(path, '--diff', 'results.json', kind=dict)
                 for path in options.diff
             )
             print(diff(one, other))
@@ -731,8 +732,8 @@ def cost(settings: Config) -> dict[str, float]:
     """Parameters and multiply-accumulates of a detector, on a test image."""
     init_default_scope(settings.get('default_scope', 'mmdet'))
     detector = MODELS.build(student_config(settings.model))
-    content = json.loads(
-        Path(settings.test_evaluator.ann_file).read_text(encoding='utf-8')
+    content = read_json(
+        settings.test_evaluator.ann_file, 'test', 'COCO annotations', kind=dict
     )
     size = (
         max(one['height'] for one in content['images']),

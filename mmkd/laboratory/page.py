@@ -12,6 +12,7 @@ from mmkd.analysis.report import headline
 from mmkd.analysis.verdict import outcome
 from mmkd.laboratory.digests import source_digest
 from mmkd.laboratory.runs import PACKAGE
+from mmkd.reading import read_json
 from mmkd.recipes import DEFAULT
 
 FOLDER = Path('docs/results')
@@ -64,7 +65,7 @@ def publish(results: Path, name: str) -> dict[str, Path]:
     Returns:
         The files written, by name.
     """
-    found = json.loads(results.read_text(encoding='utf-8'))
+    found = read_json(results, 'publish', 'results', kind=dict)
     found.pop('cases', None)
     for arm in found['arms']:
         for run in arm['runs']:
@@ -82,7 +83,7 @@ def publish(results: Path, name: str) -> dict[str, Path]:
 def page(folder: Path) -> str:
     """The page of all experiments whose numbers lie in a folder."""
     found = {
-        path.stem: json.loads(path.read_text(encoding='utf-8'))
+        path.stem: read_json(path, 'page', 'results', kind=dict)
         for path in sorted(folder.glob('*.json'))
     }
     parts = [HEAD, of_default(found.values())]

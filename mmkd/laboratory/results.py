@@ -29,6 +29,7 @@ from mmkd.analysis.statistics import (
 )
 from mmkd.laboratory.arms import Arm
 from mmkd.laboratory.runs import DONE, Run
+from mmkd.reading import read_json
 from mmkd.version import __version__
 
 #: Packages whose versions decide numbers.
@@ -259,7 +260,7 @@ def data_facts(settings: Config) -> dict:
             if evaluator
             else Path(dataset.get('data_root') or '', dataset.ann_file)
         )
-        content = json.loads(Path(file).read_text(encoding='utf-8'))
+        content = read_json(file, split, 'COCO annotations', kind=dict)
         facts[f'{split}_images'] = len(content['images'])
         facts[f'{split}_boxes'] = sum(
             not one.get('iscrowd') for one in content['annotations']
@@ -323,8 +324,8 @@ def show_cases(
     order = [one for one in np.argsort(-gain) if not math.isnan(gain[one])]
     chosen = [*order[:count], *order[-count:]]
     settings = runs['alone'].settings
-    content = json.loads(
-        Path(settings.test_evaluator.ann_file).read_text(encoding='utf-8')
+    content = read_json(
+        settings.test_evaluator.ann_file, 'test', 'COCO annotations', kind=dict
     )
     ids = trials.matches(runs['alone']).image_ids
     known = {one['id']: one for one in content['images']}
@@ -337,7 +338,7 @@ def show_cases(
         )
     }
     found = {
-        name: _boxes(json.loads(run.predictions.read_text()), labels, 0.3)
+        name: _boxes(read_json(run.predictions, name), labels, 0.3)
         for name, run in runs.items()
     }
     truth = _boxes(

@@ -18,6 +18,7 @@ from torch import nn
 
 from mmkd.analysis.cost import parameters
 from mmkd.files import whole
+from mmkd.reading import read_json
 
 #: Past runs above which a regression is asked, and neighbours up to there.
 ENOUGH, NEIGHBOURS = 50, 5
@@ -60,9 +61,9 @@ class RunMemory:
         if not self.path.is_file():
             return
         try:
-            content = json.loads(self.path.read_text(encoding='utf-8'))
-            self.runs = [PastRun(**one) for one in content['runs']]
-        except (ValueError, KeyError, TypeError) as error:
+            content = read_json(self.path, '--memory', kind=dict)
+            self.runs = [_past_run(**one) for one in content['runs']]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f'{self.path} is no memory of runs ({error}). Name another '
                 f'file with --memory.'
@@ -102,6 +103,23 @@ class RunMemory:
         if len(self.runs) > ENOUGH:
             return regressed(self.runs, wanted)
         return averaged(self.runs, wanted)
+
+
+def _past_run(
+    features: Mapping[str, float],
+    configuration: Mapping[str, float],
+    result: float,
+    chain: Sequence[str] = (),
+) -> PastRun:
+    """A run as a file has it, which may have been written by anyone.
+
+    Raises:
+        TypeError: If something in it is no number.
+    """
+    for one in (*features.values(), *configuration.values(), result):
+        if not isinstance(one, (int, float)):
+            raise TypeError(f'{one!r:.40} is no number')
+    return PastRun(features, configuration, result, chain)
 
 
 def averaged(

@@ -1,8 +1,11 @@
 import collections
 import os
 import pickle
+import shutil
 import zipfile
+from pathlib import Path
 
+import hostile
 import mmengine.runner.checkpoint as mmengine_checkpoint
 import numpy as np
 import pytest
@@ -15,19 +18,12 @@ from mmkd.compat.checkpoint import (
     allow_checkpoints,
     check_file,
     classes_of,
+    load_from_url,
     read_checkpoint,
+    sha256_of,
     state_dict_of,
+    trusting,
 )
-
-
-class Calls:
-    """Pickles as a call that reading it unsafely would make."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.fixture
@@ -83,53 +79,193 @@ def test_arrays_of_either_numpy_are_read(training_file, core, tmp_path):
     assert read_checkpoint(path)['array'].tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize('zipped', [True, False])
-@pytest.mark.parametrize(
-    'hostile',
-    [
-        lambda mark: Calls(os.system, f'touch {mark}'),
-        lambda mark: Calls(os.mkdir, str(mark)),
-        lambda mark: Calls(exec, f'open({str(mark)!r}, "w")'),
-        # From one method of HistoryBuffer to everything it can reach.
-        lambda mark: Calls(getattr, HistoryBuffer.mean, '__globals__'),
-        lambda mark: Calls(getattr, HistoryBuffer, '__init__'),
-        lambda mark: Calls(
-            getattr, Calls(getattr, HistoryBuffer, 'mean'), 'x'
-        ),
-        lambda mark: Calls(getattr, np.ndarray, 'tofile'),
-        lambda mark: Calls(np.memmap, str(mark), 'u1', 'w+', 0, (1,)),
-    ],
-    ids=[
-        'system',
-        'mkdir',
-        'exec',
-        'globals',
-        'constructor',
-        'chain',
-        'tofile',
-        'memmap',
-    ],
-)
-@pytest.mark.parametrize(
-    'read',
-    [
-        read_checkpoint,
-        lambda path: mmengine_checkpoint._load_checkpoint(str(path)),
-    ],
-    ids=['ours', 'mmengine'],
-)
-def test_a_hostile_file_is_refused_and_nothing_runs(
-    read, hostile, zipped, tmp_path
-):
-    path, mark = tmp_path / 'trojan.pth', tmp_path / 'mark'
+@pytest.fixture
+def legacy(tmp_path):
+    """A file that asks for a call, which leaves a mark."""
+    path = tmp_path / 'legacy.pth'
     torch.save(
-        dict(state_dict=dict(w=torch.zeros(1)), trojan=hostile(mark)),
+        dict(
+            state_dict=dict(w=torch.ones(2)),
+            other=hostile.system(tmp_path / 'mark'),
+        ),
         path,
-        _use_new_zipfile_serialization=zipped,
     )
-    with pytest.raises(CheckpointError, match=r'refuses .* nothing of it was'):
-        read(path)
-    assert not mark.exists()
+    return path
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """Whether it was made."""
+    return (tmp_path / 'mark').exists
+
+
+def test_a_trusted_file_is_read_and_named_aloud(legacy, ran, capsys):
+    digest = sha256_of(legacy)
+    with trusting(legacy):
+        state = state_dict_of(read_checkpoint(legacy))
+    assert state['w'].tolist() == [1, 1]
+    assert ran()
+    said = capsys.readouterr()
+    assert said.out == ''
+    assert said.err.startswith(f'WARNING: {legacy} asks for posix.system')
+    assert 'may run any code' in said.err
+    assert digest in said.err
+
+
+def test_mmengine_reads_a_trusted_file_too(legacy, ran):
+    with trusting(legacy):
+        mmengine_checkpoint._load_checkpoint(str(legacy))
+    assert ran()
+
+
+def test_trust_ends_with_the_command(legacy, ran):
+    with trusting(legacy):
+        pass
+    with pytest.raises(CheckpointError, match='--trust-checkpoint'):
+        read_checkpoint(legacy)
+    assert not ran()
+
+
+def test_trust_ends_when_the_command_fails(legacy, ran):
+    with pytest.raises(KeyError), trusting(legacy):
+        raise KeyError
+    with pytest.raises(CheckpointError, match='--trust-checkpoint'):
+        read_checkpoint(legacy)
+    assert not ran()
+
+
+def test_trust_is_of_the_files_that_are_named(legacy, ran, tmp_path):
+    other = shutil.copy(legacy, tmp_path / 'other.pth')
+    with (
+        trusting(other),
+        pytest.raises(CheckpointError, match=f'--trust-checkpoint {legacy}'),
+    ):
+        read_checkpoint(legacy)
+    assert not ran()
+
+
+def test_trust_is_of_a_file_as_it_was(legacy, ran, training_file):
+    hidden = legacy.read_bytes()
+    shutil.copy(training_file, legacy)
+    with trusting(legacy):
+        legacy.write_bytes(hidden)
+        with pytest.raises(CheckpointError, match='was changed since'):
+            read_checkpoint(legacy)
+    assert not ran()
+
+
+def test_trust_is_of_a_file_by_any_of_its_names(legacy, ran, monkeypatch):
+    monkeypatch.chdir(legacy.parent)
+    with trusting('./legacy.pth'):
+        read_checkpoint(legacy)
+    assert ran()
+
+
+def test_trust_that_was_not_needed_is_told(training_file, capsys):
+    with trusting(training_file):
+        read_checkpoint(training_file)
+    assert 'needed no trust' in capsys.readouterr().err
+
+
+def test_without_trust_nothing_is_told(training_file, capsys):
+    with trusting():
+        read_checkpoint(training_file)
+    assert capsys.readouterr().err == ''
+
+
+def test_what_is_not_there_cannot_be_trusted(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match='--trust-checkpoint expected'),
+        trusting(tmp_path / 'no.pth'),
+    ):
+        pytest.fail('it begins')
+
+
+def test_a_trusted_file_of_a_missing_package_says_so(tmp_path):
+    path = tmp_path / 'a.pth'
+    torch.save(dict(w=torch.ones(1), x=hostile.Calls(os.mkdir, 'x')), path)
+    content = path.read_bytes()
+    with (
+        zipfile.ZipFile(path) as old,
+        zipfile.ZipFile(tmp_path / 'b.pth', 'w') as new,
+    ):
+        for name in old.namelist():
+            text = old.read(name).replace(b'cposix\nmkdir', b'cgone_x\nmkdir')
+            new.writestr(name, text)
+    assert content
+    with (
+        trusting(tmp_path / 'b.pth'),
+        pytest.raises(CheckpointError, match='gone_x.*not installed|needs'),
+    ):
+        read_checkpoint(tmp_path / 'b.pth')
+
+
+# Addresses -------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(training_file, tmp_path):
+    """The address of a file, its SHA-256, and where it is kept."""
+    address = training_file.as_uri()
+    return address, sha256_of(training_file), tmp_path / 'cache'
+
+
+def test_a_recorded_file_is_fetched_and_kept(published, training_file):
+    address, digest, cache = published
+    read = load_from_url(f'{address}#sha256={digest}', str(cache))
+    assert read['meta']['epoch'] == 1
+    training_file.unlink()  # it is not asked for again
+    load_from_url(f'{address}#sha256={digest.upper()}', str(cache))
+    assert [one.name for one in cache.iterdir()] == ['epoch_1.pth']
+
+
+def test_another_file_than_recorded_is_not_kept(published):
+    address, _, cache = published
+    with pytest.raises(CheckpointError, match='not the file that was record'):
+        load_from_url(f'{address}#sha256={"0" * 64}', str(cache))
+    assert list(cache.iterdir()) == []
+
+
+def test_a_kept_file_is_compared_again(published, training_file):
+    address, digest, cache = published
+    load_from_url(f'{address}#sha256={digest}', str(cache))
+    torch.save(dict(w=torch.zeros(1)), cache / training_file.name)
+    with pytest.raises(CheckpointError, match=r'Remove it \(rm '):
+        load_from_url(f'{address}#sha256={digest}', str(cache))
+
+
+@pytest.mark.parametrize('right', [True, False])
+def test_digits_in_a_published_name_are_compared(right, published):
+    address, digest, cache = published
+    digits = digest[:8] if right else '01234567'
+    path = Path(address.removeprefix('file://'))
+    name = path.with_name(f'model-1.5x_300e-{digits}.pth')
+    path.rename(name)
+    if right:
+        assert load_from_url(name.as_uri(), str(cache))['meta']['iter'] == 2
+    else:
+        with pytest.raises(CheckpointError, match='not the file that was'):
+            load_from_url(name.as_uri(), str(cache))
+
+
+def test_an_address_is_read_as_any_file(published, tmp_path):
+    _, _, cache = published
+    path = tmp_path / 'trojan.pth'
+    torch.save(dict(x=hostile.system(tmp_path / 'mark')), path)
+    with pytest.raises(CheckpointError, match='nothing of it was run'):
+        load_from_url(path.as_uri(), str(cache))
+    assert not (tmp_path / 'mark').exists()
+
+
+def test_mmengine_fetches_by_the_same_way(published, monkeypatch):
+    address, digest, cache = published
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(cache))
+    read = mmengine_checkpoint.load_from_http(f'{address}#sha256={digest}')
+    assert read['meta']['iter'] == 2
+    assert (cache / 'checkpoints' / 'epoch_1.pth').is_file()
+
+
+# -----------------------------------------------------------------------------
 
 
 def test_allowing_twice_changes_nothing(training_file):

@@ -382,6 +382,32 @@ def test_wheel_at_hand_is_not_downloaded_again(tmp_path, monkeypatch):
     assert sources.download('deepforest==2.1.0', tmp_path) == wheel
 
 
+@pytest.mark.parametrize('change', ['content', 'more', None])
+def test_another_wheel_than_recorded_is_removed(change, tmp_path):
+    wheel = tmp_path / 'a-1-py3-none-any.whl'
+    with zipfile.ZipFile(wheel, 'w') as file:
+        file.writestr('a.txt', 'content')
+    data = wheel.read_bytes()
+    recorded = sources.Recorded(hashlib.sha256(data).hexdigest(), len(data))
+    content = hashlib.sha256(b'content').hexdigest()
+    if change == 'content':
+        wheel.write_bytes(data.replace(b'content', b'comment'))
+    elif change == 'more':
+        wheel.write_bytes(data + b'x')
+    arguments = ({'a.txt': content}, None, 'a==1', tmp_path, None, recorded)
+    if change is None:
+        assert sources.gather(*arguments) == {'a.txt': b'content'}
+        return
+    with pytest.raises(ValueError, match='not what was recorded.*removed'):
+        sources.gather(*arguments)
+    assert not wheel.exists()
+
+
+def test_every_recorded_file_has_a_size():
+    assert trees.SIZE.keys() == trees.SHA256.keys()
+    assert sum(trees.SIZE.values()) < 2**25
+
+
 def test_command_reports_a_missing_source(tmp_path, capsys):
     out = tmp_path / 'trees'
     arguments = ['trees', '--out', str(out), '--source', str(tmp_path / 'no')]

@@ -234,7 +234,7 @@ def folder(tmp_path):
         taps=[PREDICTIONS],
         complete=True,
         classes=['a'],
-        command='type this',
+        command='python tools/cache_predictions.py a.py',
     )
     store.begin(about, 2**20)
     for image in range(3):
@@ -282,7 +282,7 @@ def test_an_image_without_objects_is_annotated(folder):
 
 
 def test_an_image_that_was_not_asked_about_is_told(folder):
-    with pytest.raises(ValueError, match=r'on image 7\..*type this'):
+    with pytest.raises(ValueError, match=r'on image 7\..*py a\.py'):
         whole(folder)(results(7)[0])
 
 
