@@ -46,6 +46,7 @@ class Report:
         of_sizes: Boxes that are small, medium and large, by :data:`SIZES`.
         pictures: Paths of the pictures.
         warnings: What was found and can be lived with, one sentence each.
+        notes: What is to be known and need not be mended.
     """
 
     classes: tuple[str, ...] | None = None
@@ -56,6 +57,7 @@ class Report:
     of_sizes: dict[str, int] = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def check_dataset(
@@ -83,9 +85,7 @@ def check_dataset(
     ]
 
 
-def single_sets(
-    config: Mapping, where: str
-) -> Iterator[tuple[Mapping, str]]:
+def single_sets(config: Mapping, where: str) -> Iterator[tuple[Mapping, str]]:
     """The data sets inside of wrappers, and the place of each.
 
     Args:
@@ -343,12 +343,34 @@ class _Coco:
         overlap = np.minimum(corner + extent, frame) - np.maximum(corner, 0)
         outside = ~empty & ~homeless & (overlap <= 0).any(1)
         other &= ~unknown
-        for mask, what in (
-            (homeless, 'belong to no image of the file'),
-            (unknown, 'have a category that the file does not list'),
-            (other, 'are of categories that are not among the classes'),
-            (empty, 'are smaller than a pixel'),
-            (outside, 'lie outside of their image'),
+        for mask, what, remedy in (
+            (
+                homeless,
+                'belong to no image of the file',
+                'List it under images, or take them out.',
+            ),
+            (
+                unknown,
+                'have a category that the file does not list',
+                'List it under categories, or take them out.',
+            ),
+            (
+                other,
+                'are of categories that are not among the classes',
+                'Name them in metainfo.classes if they are to be learnt.',
+            ),
+            (
+                empty,
+                'are smaller than a pixel',
+                'Correct them: x, y, width, height in pixels; or take them '
+                'out.',
+            ),
+            (
+                outside,
+                'lie outside of their image',
+                'Correct them: x, y, width, height in pixels; or take them '
+                'out.',
+            ),
         ):
             if mask.any():
                 ids = [
@@ -356,7 +378,8 @@ class _Coco:
                 ]
                 warn(
                     f'{self.who}: {int(mask.sum())} of {len(mask)} boxes '
-                    f'{what} (annotation {_few(ids)}); they are left out.'
+                    f'{what} (annotation {_few(ids)}); they are left out. '
+                    f'{remedy}'
                 )
         good = ~(homeless | unknown | other | empty | outside)
         self.report.boxes = int(good.sum())
@@ -448,7 +471,7 @@ class _Coco:
         filters = self.config.get('filter_cfg') or {}
         dropped = self.training and filters.get('filter_empty_gt', False)
         fate = 'left out' if dropped else 'kept as background'
-        self.report.warnings.append(
+        self.report.notes.append(
             f'{self.who}: {len(bare)} of {len(self.images)} images have no '
             f'box (image {_few(bare)}); they are {fate}.'
         )

@@ -202,9 +202,9 @@ def test_data_without_any_box_cannot_be_trained_on(folder):
 
 def test_images_without_boxes_are_counted(folder):
     edit(folder, lambda content: content['annotations'].pop(0))
-    (kept,) = check(folder).warnings
+    (kept,) = check(folder).notes
     assert '1 of 4 images have no box (image 0); they are kept' in kept
-    (dropped,) = check(folder, filter_cfg=dict(filter_empty_gt=True)).warnings
+    (dropped,) = check(folder, filter_cfg=dict(filter_empty_gt=True)).notes
     assert 'left out' in dropped
 
 
