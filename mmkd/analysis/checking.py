@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from mmkd.analysis.teacher_check import (
     COCO_VAL,
+    GAIN,
     LEAST,
     Seen,
     Verdict,
@@ -583,10 +584,15 @@ class _Check:
             f'{own.low:.1f} and {own.high:.1f} with 99 % confidence'
         )
         order = confused(seen, found, names, len(classes))
+        low = own.high < LEAST or own.high < (published or 0.0)
+        way = self._other_way(
+            teacher, seen, classes, names, own, low or order is not None
+        )
         if order is not None:
-            self._say_calls(part, teacher, classes, order, sentence)
-            return
-        way = self._other_way(teacher, seen, classes, names, own)
+            renamed = evaluate(seen, found, classes, order)
+            if way is None or renamed.ap > way[2].ap + GAIN:
+                self._say_calls(part, teacher, classes, order, sentence)
+                return
         if way is not None:
             name, pixels, other = way
             part.say(
@@ -594,8 +600,8 @@ class _Check:
                 f'{sentence}. Normalised by {name} it has {other.ap:.1f}: '
                 f'its config tells another data_preprocessor than it was '
                 f'trained with.',
-                f'Set mean, std and bgr_to_rgb where the teacher is named: '
-                f'cfg_options={{"model.data_preprocessor.mean": …}}, to '
+                f'Name the config that it was trained with, or set in '
+                f'cfg_options of the teacher, under model.data_preprocessor: '
                 f'{told(pixels)}',
                 teacher.name,
             )
@@ -645,11 +651,18 @@ class _Check:
         classes: Sequence[str],
         names: Sequence[int | None],
         own: Verdict,
+        every: bool,
     ) -> tuple[str, Pixels, Verdict] | None:
-        """A normalisation with which it detects far more."""
+        """A normalisation with which it detects far more.
+
+        Of a teacher of which nothing is odd, only the student's is tried.
+        """
         best = None
         student = Pixels.of(self.model, 'The student')
-        for name, pixels in other_pixels(teacher.pixels, student).items():
+        ways = other_pixels(teacher.pixels, student)
+        for name, pixels in ways.items():
+            if not every and pixels is not student:
+                continue
             with seeing(teacher.detector, pixels) as possible:
                 if not possible:
                     return None
