@@ -76,7 +76,7 @@ from mmkd.engine.preflight import (
     named_weights,
 )
 from mmkd.engine.random_state import keyed
-from mmkd.pixels import Pixels
+from mmkd.pixels import Pixels, valid_area
 from mmkd.randomness import preserved
 from mmkd.registry import MODELS
 from mmkd.structures import Step
@@ -87,7 +87,7 @@ IMAGES = 32
 #: Batches after which a term of zero is no accident.
 BATCHES = 3
 #: Steps of a training that is only looked at; moments are parts of it.
-STEPS = 1000
+STEPS = 100_000
 #: Moments at which terms are looked for that rest at the beginning.
 MOMENTS = [one / 20 for one in range(20)]
 #: Characters of a line.
@@ -288,7 +288,11 @@ class _Check:
             text = str(error).strip() or 'no message'
             known = isinstance(error, (ValueError, FileNotFoundError))
             kind = '' if known else f'{type(error).__name__}: '
-            part.say('fail', f'{kind}{text}')
+            text = f'{kind}{text}'
+            if text in (one.text for one in self.sheet.named('fail')):
+                part.say('note', 'The same failure as above.')
+            else:
+                part.say('fail', text)
         for one in dict.fromkeys(self.said[heard:]):
             part.say('note', one)
         if not part.findings:
@@ -723,7 +727,13 @@ class _Check:
         inputs = data['inputs']
         if not isinstance(inputs, Tensor):
             return  # several views of an image
-        mean, deviation = float(inputs.mean()), float(inputs.std())
+        inside = valid_area(
+            [one.metainfo['img_shape'] for one in data['data_samples']],
+            tuple(inputs.shape[-2:]),
+            inputs.device,
+        )
+        inside = inputs[inside.expand_as(inputs)]  # without the border
+        mean, deviation = float(inside.mean()), float(inside.std())
         part.facts['batch'] = dict(
             shape=list(inputs.shape), mean=mean, deviation=deviation
         )
@@ -776,12 +786,33 @@ class _Check:
             several.append(self._pushes(wrapper, len(several), 0.0))
         moving = {one.name for some in several for one in some if one.gradient}
         found = judged(pushes, self.model, terms, again=True)
-        part.findings += [
-            one for one in found if one.about not in moving or _is_sure(one)
-        ]
         rows = [(0.0, one) for one in pushes]
-        if isinstance(self.model, Distilling) and worst(found) != 'fail':
-            rows += self._later(part, wrapper, terms)
+        still = [
+            one.name
+            for one in pushes
+            if not one.gradient and not one.broken and one.name not in moving
+        ]
+        if isinstance(self.model, Distilling):
+            if still and trained(self.model):  # some begin by themselves
+                later = self._pushes(wrapper, 0, 0.5)
+                moved = [one.name for one in later if one.gradient]
+                late = [name for name in still if name in moved]
+                if late:
+                    part.say(
+                        'note',
+                        f'Moves the student after a while, and not in the '
+                        f'first step: {", ".join(late)}.',
+                    )
+                moving.update(late)
+            if not any(one.broken for one in pushes):
+                rows += self._later(part, wrapper, terms)
+        part.findings[:0] = [
+            one
+            for one in found
+            if one.mark != 'fail'
+            or one.about not in moving
+            or 'finite' in one.text
+        ]
         part.facts['pushes'] = [
             dict(asdict(one), progress=moment) for moment, one in rows
         ]
@@ -832,9 +863,9 @@ class _Check:
             seen |= {one for one in resting if counts[moment][one]}
             part.say(
                 'note',
-                f'{", ".join(repr(one.name) for one in new) or repr(name)} '
-                f'rests at the beginning and was looked at after '
-                f'{moment:.0%} of the training.',
+                f'Rests at the beginning, and was looked at after '
+                f'{moment:.0%} of the training: '
+                f'{", ".join(one.name for one in new) or name}.',
             )
         return rows
 
@@ -902,11 +933,6 @@ def _still(several: Sequence[Sequence[Push]]) -> bool:
     return any(
         one.gradient == 0 for one in several[0] if one.name not in moved
     )
-
-
-def _is_sure(finding: Finding) -> bool:
-    """Whether another batch would not change it."""
-    return finding.mark != 'fail' or 'finite' in finding.text
 
 
 # ------------------------------------------------------------------- in words

@@ -27,6 +27,7 @@ from mmkd.registry import HOOKS
 from mmkd.structures import Step
 from mmkd.teachers import still_statistics
 from mmkd.terms.balanced import detection_loss
+from mmkd.terms.self_teaching import SelfTerm
 
 #: What the detector's own losses are called beside the terms.
 DETECTION = 'detection'
@@ -228,7 +229,7 @@ def _judged(
         )
     if push.gradient:
         return None
-    if _begins_alike(push.name, model):
+    if not own and _begins_alike(push.name, model):
         return Finding(
             'note',
             f'{who} is {push.value:g}: what it compares begins alike.',
@@ -249,12 +250,10 @@ def _begins_alike(label: str, model: nn.Module) -> bool:
     """Whether a term says of itself that it begins at zero."""
     for name, term in model.terms.items():
         if label == name or label.startswith(f'{name}_'):
-            kinds = [
-                one
+            return any(
+                isinstance(one, SelfTerm) or getattr(one, 'from_nothing', ())
                 for one in term.modules()
-                if getattr(one, 'from_nothing', ())
-            ]
-            return bool(kinds)
+            )
     return False
 
 
@@ -350,8 +349,8 @@ class FirstStepHook(Hook):
     """Looks at the first step in which each term counts.
 
     It takes no part in the training: with or without it, every weight is the
-    same. A term on which no trained parameter of the student depends stops
-    the training; other findings are warnings.
+    same. What it finds are warnings; a loss that is not a number stops the
+    training anyway.
     """
 
     priority = 'LOWEST'
@@ -410,18 +409,9 @@ class FirstStepHook(Hook):
         except RuntimeError as error:  # of a graph that is read once
             _say('INFO', f'The terms could not be measured: {error}')
             return
-        # What depends on nothing that learns will not do so later.
-        lost = [
-            one.name
-            for one in pushes
-            if one.gradient is None and not one.broken and trained(model)
-        ]
         for one in judged(pushes, model, terms):
-            if one.about not in self._due:
-                continue
-            if one.mark == 'fail' and one.about in lost:
-                raise ValueError(f'{one} To train all the same: --no-check')
-            _say('INFO' if one.mark == 'note' else 'WARNING', str(one))
+            if one.about in self._due:
+                _say('INFO' if one.mark == 'note' else 'WARNING', str(one))
         for push in pushes:
             _say('INFO', f'Iteration {step.iteration + 1}, {in_words(push)}.')
 

@@ -449,9 +449,7 @@ def test_a_term_that_rests_is_told_and_looked_at_later(folders):
     late = dict(PKD, schedule=dict(type='mmkd.LinearWarmup', end=0.5))
     sheet = stepped(folders, pkd=PKD, late=late)
     assert sheet.status(strict=True) == 0
-    assert any(
-        "'late' rests at the beginning" in one for one in said(sheet, 'note')
-    )
+    assert any('of the training: late' in one for one in said(sheet, 'note'))
     at = {
         one['name']: one['progress']
         for one in sheet.sections[-1].facts['pushes']
