@@ -296,7 +296,7 @@ class _Check:
         for one in dict.fromkeys(self.said[heard:]):
             part.say('note', one)
         if not part.findings:
-            part.say('ok', 'Nothing to be said.')
+            part.say('ok', 'Nothing is named, and nothing is missing.')
         return worst(part.findings) != 'fail'
 
     # -------------------------------------------------------------- files
@@ -459,6 +459,10 @@ class _Check:
     def _compare(
         self, part: Section, teacher: Teacher, settings: Mapping
     ) -> None:
+        fetched = _fetched(teacher.checkpoint)
+        changed = fetched and check_named_hash(fetched, teacher.name)
+        if changed:
+            part.findings.append(changed)
         found = compare_with_file(teacher, settings)
         part.facts['digest'] = found.digest
         wrong = [*found.differs, *found.strange]
@@ -818,8 +822,11 @@ class _Check:
         ]
         part.table += _push_table(rows)
         if worst(part.findings) in ('ok', 'note'):
+            every = all(one.gradient for _, one in rows)
             part.say(
-                'ok', 'Every loss is finite, not zero, and moves the student.'
+                'ok',
+                f'Every {"" if every else "other "}loss is finite, not zero, '
+                f'and moves the student.',
             )
 
     def _later(
@@ -933,6 +940,15 @@ def _still(several: Sequence[Sequence[Push]]) -> bool:
     return any(
         one.gradient == 0 for one in several[0] if one.name not in moved
     )
+
+
+def _fetched(checkpoint: str | os.PathLike) -> Path | None:
+    """Where torch keeps a file that was fetched."""
+    if '://' not in str(checkpoint):
+        return None
+    name = str(checkpoint).rpartition('/')[2]
+    path = Path(torch.hub.get_dir(), 'checkpoints', name)
+    return path if path.is_file() else None
 
 
 # ------------------------------------------------------------------- in words

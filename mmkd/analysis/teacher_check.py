@@ -126,15 +126,13 @@ def compare_with_file(teacher: Teacher, again: Mapping) -> Comparison:
     cut = 0
     if teacher.names is not None or unknown or strange:
         other = _second(teacher, again).detector.state_dict()
-        unequal = [
+        differs = [
             key for key in own if tensor_digest(other[key]) != hashes[key]
         ]
-        cut = len(own) - same
-        differs, strange = unequal, []
-        same, cut = len(own) - len(unequal) - cut, cut
+        cut, strange = max(0, len(own) - len(differs) - same), []
     every = hashlib.sha256(''.join(hashes.values()).encode()).hexdigest()
     return Comparison(
-        same=max(same, 0),
+        same=same,
         cut=cut,
         differs=tuple(differs),
         strange=tuple(strange),

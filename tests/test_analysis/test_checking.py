@@ -281,6 +281,22 @@ def test_a_teacher_that_is_not_its_file_is_named_tensor_by_tensor(
     assert 'neck.fpn_convs.0.conv.bias' in failure
 
 
+def test_a_teacher_that_is_cut_to_classes_is_its_file(folders):
+    config = training(folders)
+    names = ('bar', None, 'disc')
+    config.model.teachers.big.update(
+        classes=names, config=dict(model=tiny.retinanet(base=16))
+    )
+    file = folders[0] / 'plain.pth'
+    tiny.save_teacher(tiny.retinanet(base=16), file, meta=meta())
+    config.model.teachers.big.checkpoint = str(file)
+    sheet = check(config, images=0, device='cpu', data=False)
+    assert sheet.status(strict=True) == 0
+    (text,) = [one for one in said(sheet, 'ok') if 'tensors are those' in one]
+    # Of a class that is left out, the classifier's weight and bias.
+    assert '2 of them cut or renamed' in text
+
+
 def test_a_tensor_that_is_not_finite_is_named(folders, tmp_path):
     name = 'bbox_head.retina_cls.bias'
     file = spoilt(
