@@ -349,7 +349,8 @@ def _check(options: argparse.Namespace) -> int:
     except (FileNotFoundError, ValueError) as error:
         _refuse(options, error)
         return UNSOUND
-    from mmkd.analysis.checking import check, written
+    from mmkd.analysis.checking import check
+    from mmkd.analysis.sheet import written
 
     sheet = check(
         config,

@@ -8,16 +8,14 @@ random states nor on disk.
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import math
 import os
 import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -32,6 +30,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmkd.analysis.sheet import LINE, Section, Sheet, columns
 from mmkd.analysis.teacher_check import (
     COCO_VAL,
     GAIN,
@@ -59,7 +58,7 @@ from mmkd.datasets.check import (
     single_sets,
 )
 from mmkd.distillers.distiller import Distilling
-from mmkd.engine.findings import Finding, worst
+from mmkd.engine.findings import worst
 from mmkd.engine.first_step import (
     DETECTION,
     Push,
@@ -90,99 +89,10 @@ BATCHES = 3
 STEPS = 100_000
 #: Moments at which terms are looked for that rest at the beginning.
 MOMENTS = [one / 20 for one in range(20)]
-#: Characters of a line.
-LINE = 79
 #: Classes that are listed one by one.
 LISTED = 12
 #: Sizes of normalised pixels that no detector was trained with.
 STRANGE_MEAN, STRANGE_DEVIATION = 3.0, (0.2, 5.0)
-
-
-@dataclass
-class Section:
-    """A part of the page.
-
-    Attributes:
-        title: Its heading.
-        findings: What was found, each with its mark.
-        table: Lines that stand below.
-        facts: The same for scripts.
-    """
-
-    title: str
-    findings: list[Finding] = field(default_factory=list)
-    table: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def say(
-        self, mark: str, text: str, remedy: str = '', about: str = ''
-    ) -> None:
-        self.findings.append(Finding(mark, text, remedy, about))
-
-
-@dataclass
-class Sheet:
-    """All that a check has found.
-
-    Attributes:
-        source: What was checked, as it was typed.
-        sections: In the order of the page.
-        seconds: What it took.
-    """
-
-    source: str
-    sections: list[Section] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def findings(self) -> list[Finding]:
-        return [one for part in self.sections for one in part.findings]
-
-    def named(self, mark: str) -> list[Finding]:
-        """Findings of one mark."""
-        return [one for one in self.findings if one.mark == mark]
-
-    def status(self, strict: bool = False) -> int:
-        """Exit status: 0 sound, 1 warnings if ``strict``, 2 failures."""
-        mark = worst(self.findings)
-        return 2 if mark == 'fail' else int(strict and mark == 'warn')
-
-    def __str__(self) -> str:
-        lines = [f'Check of {self.source}']
-        for part in self.sections:
-            lines += ['', part.title]
-            for one in part.findings:
-                lines += _wrapped(f'{one.mark:<6}', one.text)
-                if one.remedy:
-                    lines += _wrapped('    -> ', one.remedy)
-            lines += [f'      {one}'.rstrip() for one in part.table]
-        counts = [
-            f'{len(self.named(mark))} {word}'
-            f'{"s" if len(self.named(mark)) != 1 else ""}'
-            for mark, word in (('fail', 'failure'), ('warn', 'warning'))
-        ]
-        lines += ['', f'{", ".join(counts)} in {self.seconds:.0f} s.']
-        return '\n'.join(lines)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dict(
-            config=self.source,
-            verdict=worst(self.findings),
-            seconds=round(self.seconds, 1),
-            sections=[asdict(part) for part in self.sections],
-        )
-
-
-def _wrapped(head: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        LINE,
-        initial_indent=head,
-        subsequent_indent=' ' * len(head),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def check(
@@ -706,7 +616,7 @@ class _Check:
                 )
             else:
                 part.say('ok', f'Teacher {name!r} sees as the student does.')
-        part.table += _columns(
+        part.table += columns(
             [
                 ('', 'mean', 'std', 'channels', 'border', 'divisor'),
                 *(
@@ -987,37 +897,8 @@ def _push_table(rows: Sequence[tuple[float, Push]]) -> list[str]:
                 f'{moment:.0%}',
             )
         )
-    return _columns(found)
+    return columns(found)
 
 
 def _numbers(values: Sequence[float]) -> str:
     return ' '.join(f'{one:g}' for one in values)
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        '  '.join(
-            cell.ljust(width) for cell, width in zip(row, widths)
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def written(sheet: Sheet, path: str | os.PathLike) -> None:
-    """Write what was found as JSON, for scripts."""
-    from mmkd.files import whole
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(key): plain(one) for key, one in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(one) for one in value]
-        if isinstance(value, float) and not math.isfinite(value):
-            return None  # JSON has neither NaN nor infinity
-        return value
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial:
-        partial.write_text(json.dumps(plain(sheet.as_dict()), indent=1))

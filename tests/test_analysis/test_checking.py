@@ -18,11 +18,11 @@ from mmengine.structures import InstanceData
 from scipy import ndimage
 from torch import nn
 
-from mmkd.analysis.checking import check, written
+from mmkd.analysis.checking import check
+from mmkd.analysis.sheet import written
 from mmkd.engine.preflight import file_digest
 from mmkd.engine.random_state import capture
 from mmkd.registry import MODELS as OWN
-from mmkd.structures.step import Step  # noqa: F401 - terms are built on it
 
 quick_starts = runs.quick_starts
 
