@@ -96,6 +96,7 @@ def measure(
     own: Mapping[str, Any],
     losses: Mapping[str, Any],
     names: Sequence[str] | None = None,
+    alone: bool = False,
 ) -> list[Push]:
     """What the summands of a step do; its graph is kept.
 
@@ -104,9 +105,15 @@ def measure(
         own: The detector's own losses; none in a phase without them.
         losses: All of the step.
         names: Terms that count in it; all if None.
+        alone: Whether nobody else needs the gradients that parameters hold,
+            so that a whole backward pass may be made where activations are
+            checkpointed in a way that allows no other.
 
     Returns:
         The detection loss first, if there is one.
+
+    Raises:
+        RuntimeError: If they are and it may not.
     """
     parts = by_term(getattr(model, 'terms', {}), losses)
     parts = {
@@ -123,7 +130,7 @@ def measure(
     # be counted by statistics twice.
     with still_statistics(model):
         for name, total in totals.items():
-            found = gradient(total, parameters) if parameters else None
+            found = _gradient(total, parameters, alone)
             cosine = None
             if found is not None and first is not None and name != DETECTION:
                 cosine = float(torch.cosine_similarity(first, found, 0))
@@ -148,6 +155,32 @@ def measure(
             )
         )
     return rows
+
+
+def _gradient(
+    loss: Tensor, parameters: Sequence[nn.Parameter], alone: bool
+) -> Tensor | None:
+    if not parameters:
+        return None
+    try:
+        return gradient(loss, parameters)
+    except RuntimeError as error:
+        if not alone or 'use_reentrant' not in str(error):
+            raise
+    for one in parameters:
+        one.grad = None
+    loss.backward(retain_graph=True)
+    found = [one.grad for one in parameters]
+    for one in parameters:
+        one.grad = None
+    if all(one is None for one in found):
+        return None
+    return torch.cat(
+        [
+            (torch.zeros_like(like) if one is None else one).flatten().float()
+            for one, like in zip(found, parameters)
+        ]
+    )
 
 
 def _broken(losses: Mapping[str, Any]) -> tuple[str, ...]:

@@ -431,6 +431,13 @@ def test_a_term_of_a_million_is_named_with_a_weight_to_type(folders):
     assert balanced == pytest.approx(rest, rel=0.05)
 
 
+def test_checkpointed_activations_are_no_failure(folders):
+    config = training(folders)
+    config.model.backbone.with_cp = True
+    quick = dict(images=0, device='cpu', data=False)
+    assert check(config, **quick).status(strict=True) == 0
+
+
 def test_a_term_that_ignores_the_student_is_named(folders):
     sheet = stepped(folders, pkd=PKD, deaf=broken('detached'))
     (failure,) = said(sheet, 'fail')

@@ -6,6 +6,7 @@ import tiny
 import torch
 from mmengine.logging import MMLogger
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmkd.engine.diagnostics import DiagnosticsHook, by_term
 from mmkd.engine.first_step import (
@@ -48,13 +49,12 @@ def build(teachers):
 class Watch:
     paths = ()
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, model, **settings):
+        self.model, self.settings = model, settings
 
     def __call__(self, step, losses):
-        self.pushes = {
-            one.name: one for one in measure(self.model, step.losses, losses)
-        }
+        found = measure(self.model, step.losses, losses, **self.settings)
+        self.pushes = {one.name: one for one in found}
 
 
 def watched(model):
@@ -102,6 +102,40 @@ def test_a_term_inside_of_a_group_is_a_row_of_its_own(build):
     assert list(pushes) == [DETECTION, 'group_a', 'group_b']
 
 
+def checkpointed(model, reentrant):
+    """Activations of the first stage are computed again when needed."""
+    stage = model.backbone.layer1
+    forward = stage.forward
+    stage.forward = lambda x: checkpoint(forward, x, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_activations_computed_again_are_counted_once(build, reentrant):
+    """Neither gradients nor statistics differ from those of plain layers."""
+    found = []
+    for number in range(3):
+        model = build(pkd=PKD)
+        if number:
+            checkpointed(model, reentrant)
+        if number < 2:
+            model.observer = Watch(model, alone=True)
+        model.loss(*tiny.batch())
+        found.append((model.observer, model.state_dict()))
+    (plain, _), (again, watched), (_, unwatched) = found
+    for name, push in plain.pushes.items():
+        other = again.pushes[name].gradient
+        assert other == pytest.approx(push.gradient, rel=1e-4)
+    assert runs.differences(watched, unwatched) == []
+    assert all(one.grad is None for one in model.parameters())
+
+
+def test_a_training_is_not_measured_by_a_backward_pass_of_its_own(build):
+    model = build(pkd=PKD)
+    checkpointed(model, True)
+    with pytest.raises(RuntimeError, match='use_reentrant'):
+        watched(model)
+
+
 def test_of_two_names_the_longer_one_owns_a_loss():
     terms = dict(kd=nn.Module(), kd_box=nn.Module())
     losses = dict(loss_kd_kd=1, loss_kd_kd_box=2, kd_kd_seen=3, loss_cls=4)
@@ -125,6 +159,18 @@ def test_what_counts_follows_weight_schedule_and_phase(teachers):
     assert counting(model, 0.0) == dict(pkd=False, late=False, silent=False)
     assert counting(model, 0.3) == dict(pkd=False, late=True, silent=False)
     assert counting(model, 0.7) == dict(pkd=True, late=True, silent=False)
+
+
+def test_what_counts_in_a_group_follows_schedules_of_both(teachers):
+    group = dict(
+        type='mmkd.BalancedTerm',
+        terms=dict(a=PKD, b=dict(PKD, schedule=LATE)),
+        schedule=dict(type='mmkd.StopAfter', fraction=0.5),
+    )
+    model = tiny.build(distilled(teachers, dict(g=group)))
+    assert counting(model, 0.0) == dict(g=True, g_a=True, g_b=False)
+    assert counting(model, 0.3) == dict(g=True, g_a=True, g_b=True)
+    assert counting(model, 0.7) == dict(g=False, g_a=False, g_b=False)
 
 
 # Judging, by hand ------------------------------------------------------------
