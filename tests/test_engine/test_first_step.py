@@ -115,6 +115,8 @@ def test_activations_computed_again_are_counted_once(build, reentrant):
     found = []
     for number in range(3):
         model = build(pkd=PKD)
+        model.backbone.norm_eval = False  # statistics learn
+        model.train()
         if number:
             checkpointed(model, reentrant)
         if number < 2:
@@ -289,7 +291,7 @@ def test_a_heavy_term_is_a_warning_in_the_log(data, tmp_path, teachers, said):
         data,
         tmp_path / 'run',
         epochs=None,
-        iters=1,
+        iters=2,
         model=distilled(teachers, dict(heavy=heavy)),
     )
     run(cfg, FirstStepHook(), handler=handler)
@@ -297,6 +299,8 @@ def test_a_heavy_term_is_a_warning_in_the_log(data, tmp_path, teachers, said):
         text for level, text in lines if level == 'WARNING' and 'heavy' in text
     ]
     assert 'model.terms.heavy.loss.loss_weight=' in warning
+    looked = [text for _, text in lines if text.startswith('Iteration')]
+    assert [one.partition(',')[0] for one in looked] == ['Iteration 1'] * 2
 
 
 def test_a_plain_student_has_nothing_to_look_at(data, tmp_path):
