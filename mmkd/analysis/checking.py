@@ -54,6 +54,7 @@ from mmkd.compat.checkpoint import read_checkpoint, state_dict_of
 from mmkd.datasets.check import (
     Report,
     check_dataset,
+    named_classes,
     same_pictures,
     single_sets,
 )
@@ -171,6 +172,9 @@ class _Check:
         self.device, self.hub, self.said = device, hub, said
         self.classes: tuple[str, ...] | None = None
         self.model: nn.Module | None = None
+        self._dataset: Any = None
+        self._seen: Seen | None = None
+        self._batches: list[Any] = []
 
     def run(self, data: bool) -> None:
         sound = self._section('Files', self._files)
@@ -326,6 +330,7 @@ class _Check:
             )
         model = MODELS.build(settings)
         model.init_weights()
+        self.classes = self.classes or self._named_classes()
         inside = isinstance(self.config.model.get('student'), Mapping)
         check_classes(
             model, self.classes, 'model.student' if inside else 'model'
@@ -360,11 +365,10 @@ class _Check:
     def _teacher(self, part: Section, teacher: Teacher) -> None:
         settings = self.config.model.teachers[teacher.name]
         self._compare(part, teacher, settings)
-        classes = self.classes or self._named_classes()
-        if classes and permuted(teacher, classes):
-            self._say_order(part, teacher, classes)
+        if self.classes and permuted(teacher, self.classes):
+            self._say_order(part, teacher, self.classes)
         if self.images:
-            self._evaluate(part, teacher, classes)
+            self._evaluate(part, teacher)
 
     def _compare(
         self, part: Section, teacher: Teacher, settings: Mapping
@@ -431,63 +435,54 @@ class _Check:
             part.say('note', f'{text} No term compares them.')
 
     def _named_classes(self) -> tuple[str, ...] | None:
-        dataset = self._evaluation_set()
-        meta = getattr(dataset, 'metainfo', {}) if dataset else {}
-        classes = meta.get('classes')
-        return tuple(classes) if classes else None
+        """Of the training data, as config and type of the data set say."""
+        place = 'train_dataloader.dataset'
+        config = self.config.train_dataloader.dataset
+        for one, _ in single_sets(config, place):
+            kind = one.get('type')
+            kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+            if kind is not None and (found := named_classes(kind, one)):
+                return found
+        return None
 
     def _evaluation_set(self) -> Any:
         """The data set of evaluation, built; None if there is none."""
-        if not hasattr(self, '_dataset'):
+        if self._dataset is None:
             loader = self.config.get('val_dataloader') or self.config.get(
                 'test_dataloader'
             )
-            self._dataset = None
             if loader is not None:
-                settings = copy.deepcopy(loader.dataset)
-                self._dataset = DATASETS.build(settings)
+                self._dataset = DATASETS.build(copy.deepcopy(loader.dataset))
                 self._dataset.full_init()
-            self._seen: Seen | None = None
         return self._dataset
 
-    def _evaluate(
-        self,
-        part: Section,
-        teacher: Teacher,
-        classes: Sequence[str] | None,
-    ) -> None:
+    def _evaluate(self, part: Section, teacher: Teacher) -> None:
         dataset = self._evaluation_set()
-        if dataset is None or classes is None:
-            part.say(
-                'note',
-                'It was not evaluated: the config has no val_dataloader and '
-                'no test_dataloader whose classes are named.',
-            )
-            return
-        names = label_names(teacher, classes)
-        if names is None:
-            part.say(
-                'note',
-                'It was not evaluated: it shares no class with the data.',
-            )
-            return
-        if self._seen is None:
+        meta = {} if dataset is None else dataset.metainfo
+        classes = meta.get('classes')
+        names = label_names(teacher, classes) if classes else None
+        if dataset is not None and names and self._seen is None:
             self._seen = look_at(dataset, self.images)
-        seen = self._seen
-        if not seen.objects:
-            part.say(
-                'note',
-                'It was not evaluated: the images of evaluation have no box.',
+        why = ''
+        if not classes:
+            why = (
+                'the config has no val_dataloader and no test_dataloader '
+                'whose classes are named'
             )
+        elif names is None:
+            why = 'it shares no class with the data'
+        elif not self._seen.objects:
+            why = 'the images of evaluation have no box'
+        if why:
+            part.say('note', f'It was not evaluated: {why}.')
             return
-        found = detect(teacher, seen, str(self.device))
-        own = evaluate(seen, found, classes, names)
-        published = published_ap(
-            self.config.filename, list(self.config.model.teachers)
-        ).get(teacher.name)
-        ann_file = str(getattr(dataset, 'ann_file', ''))
-        if not ann_file.endswith(COCO_VAL):
-            published = None
+        found = detect(teacher, self._seen, str(self.device))
+        own = evaluate(self._seen, found, classes, names)
+        published = None
+        if str(getattr(dataset, 'ann_file', '')).endswith(COCO_VAL):
+            published = published_ap(
+                self.config.filename, list(self.config.model.teachers)
+            ).get(teacher.name)
         part.facts.update(
             ap=own.ap,
             ap_low=own.low,
@@ -496,52 +491,56 @@ class _Check:
             objects=own.objects,
             published=published,
         )
-        sentence = (
-            f'{own.ap:.1f} AP on {own.images} images with {own.objects} '
-            f'objects of the data of evaluation; on all, between '
-            f'{own.low:.1f} and {own.high:.1f} with 99 % confidence'
-        )
-        order = confused(seen, found, names, len(classes))
-        low = own.high < LEAST or own.high < (published or 0.0)
+        if not self._say_why(part, teacher, found, own, published):
+            card = f'; its card states {published}' if published else ''
+            part.say('ok', f'{_of_ap(own)}{card}.')
+
+    def _say_why(
+        self,
+        part: Section,
+        teacher: Teacher,
+        found: Sequence[Mapping],
+        own: Verdict,
+        published: float | None,
+    ) -> bool:
+        """What is odd about what a teacher finds, and where that is from."""
+        classes = self._dataset.metainfo['classes']
+        names = label_names(teacher, classes)
+        poor = own.high < (published or LEAST)
+        order = confused(self._seen, found, names, len(classes))
         way = self._other_way(
-            teacher, seen, classes, names, own, low or order is not None
+            teacher, classes, names, own, poor or order is not None
         )
         if order is not None:
-            renamed = evaluate(seen, found, classes, order)
+            renamed = evaluate(self._seen, found, classes, order)
             if way is None or renamed.ap > way[2].ap + GAIN:
-                self._say_calls(part, teacher, classes, order, sentence)
-                return
+                self._say_calls(part, teacher, classes, order, own)
+                return True
         if way is not None:
             name, pixels, other = way
-            part.say(
-                'warn',
-                f'{sentence}. Normalised by {name} it has {other.ap:.1f}: '
-                f'its config tells another data_preprocessor than it was '
-                f'trained with.',
+            text = (
+                f'Normalised by {name} it has {other.ap:.1f}: its config '
+                f'tells another data_preprocessor than it was trained with.'
+            )
+            remedy = (
                 f'Name the config that it was trained with, or set in '
                 f'cfg_options of the teacher, under model.data_preprocessor: '
-                f'{told(pixels)}',
-                teacher.name,
+                f'{told(pixels)}'
             )
-        elif published is not None and own.high < published:
-            part.say(
-                'warn',
-                f'{sentence}, and its card states {published}.',
-                f'See that config and file are a pair: python tools/test.py '
-                f'{teacher.source} {teacher.checkpoint}',
-                teacher.name,
+        elif poor:
+            text = (
+                f'Its card states {published}.'
+                if published
+                else 'It detects next to nothing.'
             )
-        elif own.high < LEAST:
-            part.say(
-                'warn',
-                f'{sentence}: it detects next to nothing.',
+            remedy = (
                 f'See that config, file and data are of one kind: python '
-                f'tools/test.py {teacher.source} {teacher.checkpoint}',
-                teacher.name,
+                f'tools/test.py {teacher.source} {teacher.checkpoint}'
             )
         else:
-            card = f'; its card states {published}' if published else ''
-            part.say('ok', f'{sentence}{card}.')
+            return False
+        part.say('warn', f'{_of_ap(own)}. {text}', remedy, teacher.name)
+        return True
 
     def _say_calls(
         self,
@@ -549,12 +548,12 @@ class _Check:
         teacher: Teacher,
         classes: Sequence[str],
         order: Sequence[int | None],
-        sentence: str,
+        own: Verdict,
     ) -> None:
         named = [None if one is None else classes[one] for one in order]
         part.say(
             'warn',
-            f'{sentence}. It finds objects and calls them otherwise: its '
+            f'{_of_ap(own)}. It finds objects and calls them otherwise: its '
             f'outputs stand for {tuple(named)[:8]}, and were taken as '
             f'{tuple(teacher.classes or classes)[:8]}.',
             f'Write its own list into the file, meta.dataset_meta.classes, '
@@ -565,7 +564,6 @@ class _Check:
     def _other_way(
         self,
         teacher: Teacher,
-        seen: Seen,
         classes: Sequence[str],
         names: Sequence[int | None],
         own: Verdict,
@@ -584,8 +582,8 @@ class _Check:
             with seeing(teacher.detector, pixels) as possible:
                 if not possible:
                     return None
-                found = detect(teacher, seen, str(self.device))
-            other = evaluate(seen, found, classes, names)
+                found = detect(teacher, self._seen, str(self.device))
+            other = evaluate(self._seen, found, classes, names)
             if better(other, own) and (best is None or other.ap > best[2].ap):
                 best = name, pixels, other
         return best
@@ -676,7 +674,7 @@ class _Check:
 
     def _batch(self, number: int) -> Any:
         """A batch of the training data, the same whenever it is asked for."""
-        if not hasattr(self, '_batches'):
+        if not self._batches:
             loader = dict(
                 self.config.train_dataloader,
                 num_workers=0,
@@ -855,6 +853,14 @@ def _still(several: Sequence[Sequence[Push]]) -> bool:
     moved = {one.name for some in several for one in some if one.gradient}
     return any(
         one.gradient == 0 for one in several[0] if one.name not in moved
+    )
+
+
+def _of_ap(own: Verdict) -> str:
+    return (
+        f'{own.ap:.1f} AP on {own.images} images with {own.objects} objects '
+        f'of the data of evaluation; on all, between {own.low:.1f} and '
+        f'{own.high:.1f} with 99 % confidence'
     )
 
 

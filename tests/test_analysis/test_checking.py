@@ -316,7 +316,7 @@ def test_a_teacher_that_finds_nothing_is_named(folders, tmp_path):
     sheet = evaluated(folders, file=file)
     (warning,) = said(sheet, 'warn')
     assert '0.0 AP on 64 images' in warning
-    assert 'detects next to nothing' in warning
+    assert 'It detects next to nothing' in warning
     # What so few images allow: a part that is missed 96 times of 96.
     most = 100 * (1 - 0.01 ** (1 / 96))
     assert f'between 0.0 and {most:.1f}' in warning
@@ -405,7 +405,7 @@ def test_the_card_is_believed_on_the_data_it_speaks_of(folders, tmp_path):
     (warning,) = said(
         check(config, images=64, device='cpu', data=False), 'warn'
     )
-    assert 'its card states 99.9' in warning
+    assert 'Its card states 99.9' in warning
 
 
 # Terms -----------------------------------------------------------------------
