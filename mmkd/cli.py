@@ -5,10 +5,11 @@
     mmkd train CONFIG [--work-dir DIR] [--resume [FILE]] [--amp] …
     mmkd train STUDENT --teacher CONFIG [--teacher-checkpoint FILE] …
     mmkd test CONFIG CHECKPOINT [--out FILE] [--show-dir DIR] [--tta] …
+    mmkd check CONFIG [--images N] [--strict] [--json FILE] …
 
 The arguments are those of mmdet's own ``tools/train.py`` and
-``tools/test.py``. A config is a path, ``mmdet::folder/file.py`` or
-``mmkd::folder/file.py``.
+``tools/test.py``; ``check`` takes those of ``train``. A config is a path,
+``mmdet::folder/file.py`` or ``mmkd::folder/file.py``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from mmkd.files import whole
 
 #: Exit status of a process that a signal ended: this plus its number.
 SIGNALLED = 128
+#: Exit status of a check that found a failure.
+UNSOUND = 2
 #: Keys that a config may get on the command line though its file has none.
 _RUNNER_KEYS = (
     'activation_checkpointing',
@@ -100,6 +103,11 @@ def run_test() -> int:
     return _run(['test', *sys.argv[1:]], ['python', *sys.argv])
 
 
+def run_check() -> int:
+    """What ``tools/check.py`` runs."""
+    return _run(['check', *sys.argv[1:]], ['python', *sys.argv])
+
+
 def _run(arguments: list[str], command: list[str]) -> int:
     options = _parser().parse_args(arguments)
     os.environ.setdefault('LOCAL_RANK', str(options.local_rank))
@@ -123,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar='VERB', required=True)
     _add_train(verbs)
     _add_test(verbs)
+    _add_check(verbs)
     return parser
 
 
@@ -170,6 +179,17 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(verbs: Any) -> None:
     parser = _add_verb(verbs, 'train', _train, 'Train a detector')
+    _add_training(parser)
+    parser.add_argument(
+        '--no-check',
+        action='store_true',
+        help='look neither at weights, data nor the first step of each term',
+    )
+    _add_teaching(parser)
+    _add_shared(parser)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--work-dir',
         help='folder for logs and checkpoints; work_dirs/CONFIG by default',
@@ -189,6 +209,34 @@ def _add_train(verbs: Any) -> None:
         metavar='CHECKPOINT',
         help='go on from a checkpoint; without a name from the latest in the '
         'work directory',
+    )
+
+
+def _add_check(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        'check',
+        _check,
+        'Look at a training before it begins. The exit status is 0 if nothing '
+        'fails, 2 if something does, and with --strict 1 if there are '
+        'warnings.',
+    )
+    _add_training(parser)
+    parser.add_argument(
+        '--images',
+        type=int,
+        default=32,
+        help='images that teachers are evaluated on, 0 for none (default: '
+        '%(default)s)',
+    )
+    parser.add_argument(
+        '--device', help='where models run; a GPU if there is one'
+    )
+    parser.add_argument(
+        '--strict', action='store_true', help='warnings count as well'
+    )
+    parser.add_argument(
+        '--json', metavar='FILE', help='file to write the findings to'
     )
     _add_teaching(parser)
     _add_shared(parser)
@@ -284,10 +332,49 @@ def _train(options: argparse.Namespace) -> int:
         trainer.logger.warning(warning)
     try:
         _check_classes(trainer, config, report)
+        if not options.no_check:
+            _watch_first_steps(trainer)
         trainer.train()
     except Interrupted as stopped:
         return _say_how_to_go_on(options, stopped)
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    try:
+        if options.print_config:
+            raise ValueError(
+                '--print-config writes the training and does not check it. '
+                'Type it with: mmkd train'
+            )
+        with redirect_stdout(sys.stderr):
+            planned = _planned(options)
+        config = training_config(
+            options.config if planned is None else planned.config,
+            work_dir=options.work_dir,
+            amp=options.amp,
+            auto_scale_lr=options.auto_scale_lr,
+            resume=options.resume,
+            cfg_options=options.cfg_options,
+            launcher=options.launcher,
+        )
+    except (FileNotFoundError, ValueError) as error:
+        _refuse(options, error)
+        return UNSOUND
+    from mmkd.analysis.checking import check
+    from mmkd.analysis.sheet import written
+
+    sheet = check(
+        config,
+        options.config,
+        options.images,
+        options.device,
+        data=not options.no_data_check,
+    )
+    print(sheet)
+    if options.json:
+        written(sheet, options.json)
+    return sheet.status(options.strict)
 
 
 #: Options that say something of ``--teacher``.
@@ -431,11 +518,16 @@ def _check_classes(trainer: Any, config: Config, report: Any) -> None:
         check_classes(plain_model(trainer), report.classes, prefix)
 
 
+def _watch_first_steps(trainer: Any) -> None:
+    from mmkd.engine.first_step import FirstStepHook
+
+    trainer.register_hook(FirstStepHook())
+
+
 def _looks_at_data(options: argparse.Namespace) -> bool:
     """Once for all processes of a distributed run."""
-    return not options.no_data_check and (
-        options.launcher == 'none' or _is_first_process()
-    )
+    unwanted = options.no_data_check or getattr(options, 'no_check', False)
+    return not unwanted and (options.launcher == 'none' or _is_first_process())
 
 
 def _is_first_process() -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from mmkd.analysis.sheet import columns
 from mmkd.checks import check_name, check_positive
 from mmkd.classes import by_name, with_classes
 from mmkd.compat.checkpoint import check_file, classes_of, read_checkpoint
@@ -75,7 +76,7 @@ class Plan:
                 f'{self.source}',
                 f'  learns from {teacher.config} by {self.method!r}:',
                 '',
-                *_columns([HEADINGS, *self.rows]),
+                *columns([HEADINGS, *self.rows]),
                 '',
                 *self.notes,
             ]
@@ -457,16 +458,6 @@ def _refusal(
 
 
 # ----------------------------------------------------------------- the table
-
-
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        '  '.join(
-            cell.ljust(width) for cell, width in zip(row, widths)
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _rows(

@@ -8,6 +8,7 @@ counted warning where training can rightly go on.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ _TYPES = dict(
     area=(float, int),
     bbox=(object,),  # looked at with the others
 )
+#: Pixels of the greatest object of each size, as COCO tells them apart.
+SIZES = {'small': 32**2, 'medium': 96**2, 'large': float('inf')}
 #: Last bytes of a complete JPEG and PNG.
 _ENDS = {'.jpg': b'\xff\xd9', '.jpeg': b'\xff\xd9', '.png': b'IEND\xaeB`\x82'}
 
@@ -53,13 +56,23 @@ class Report:
         classes: Names by label, None if the set does not say.
         images: Pictures in the annotation file.
         boxes: Boxes that training can use.
+        empty: Pictures without any.
+        of_classes: Boxes of each class.
+        of_sizes: Boxes that are small, medium and large, by :data:`SIZES`.
+        pictures: Paths of the pictures.
         warnings: What was found and can be lived with, one sentence each.
+        notes: What is to be known and need not be mended.
     """
 
     classes: tuple[str, ...] | None = None
     images: int = 0
     boxes: int = 0
+    empty: int = 0
+    of_classes: dict[str, int] = field(default_factory=dict)
+    of_sizes: dict[str, int] = field(default_factory=dict)
+    pictures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def check_dataset(
@@ -83,17 +96,28 @@ def check_dataset(
     """
     return [
         _check_one(one, place, training)
-        for one, place in _leaves(config, where)
+        for one, place in single_sets(config, where)
     ]
 
 
-def _leaves(config: Mapping, where: str) -> Iterator[tuple[Mapping, str]]:
+def single_sets(config: Mapping, where: str) -> Iterator[tuple[Mapping, str]]:
+    """The data sets inside of wrappers, and the place of each.
+
+    Args:
+        config: A data set's dict.
+        where: Its place in the config.
+
+    Example:
+        >>> one = dict(type='CocoDataset')
+        >>> list(single_sets(dict(datasets=[one]), 'dataset'))
+        [({'type': 'CocoDataset'}, 'dataset.datasets[0]')]
+    """
     if isinstance(config.get('dataset'), Mapping):
-        yield from _leaves(config['dataset'], f'{where}.dataset')
+        yield from single_sets(config['dataset'], f'{where}.dataset')
     elif isinstance(config.get('datasets'), Sequence):
         for number, one in enumerate(config['datasets']):
             if isinstance(one, Mapping):
-                yield from _leaves(one, f'{where}.datasets[{number}]')
+                yield from single_sets(one, f'{where}.datasets[{number}]')
     else:
         yield config, where
 
@@ -121,7 +145,9 @@ def _check_one(config: Mapping, where: str, training: bool) -> Report:
         coco = _Coco(annotations, where, report, training, config)
         coco.check()
         coco.check_places(pictures, root)
-        _check_pictures(coco.pictures(pictures), pictures, where, report)
+        found = coco.pictures(pictures)
+        report.pictures = [path for path, _ in found]
+        _check_pictures(found, pictures, where, report)
     return report
 
 
@@ -258,6 +284,7 @@ class _Coco:
         self._unique(self.annotations, 'annotation')
         self._check_categories()
         self.report.images = len(self.images)
+        self._warn_of_repeated_images()
         self._check_boxes()
 
     def _require(self, entries: list[dict], what: str, keys: str) -> None:
@@ -288,6 +315,16 @@ class _Coco:
             raise ValueError(
                 f'{self.who}: {len(twice)} {what} ids occur more than once '
                 f'({_few(twice)}). Number the {what}s anew.'
+            )
+
+    def _warn_of_repeated_images(self) -> None:
+        counts = Counter(entry['file_name'] for entry in self.images)
+        twice = [one for one, number in counts.items() if number > 1]
+        if twice:
+            self.report.warnings.append(
+                f'{self.who}: {len(twice)} images stand there more than once '
+                f'({_few(map(repr, twice))}); each counts as often. Join '
+                f'their boxes under one id.'
             )
 
     def _check_categories(self) -> None:
@@ -343,12 +380,34 @@ class _Coco:
         overlap = np.minimum(corner + extent, frame) - np.maximum(corner, 0)
         outside = ~empty & ~homeless & (overlap <= 0).any(1)
         other &= ~unknown
-        for mask, what in (
-            (homeless, 'belong to no image of the file'),
-            (unknown, 'have a category that the file does not list'),
-            (other, 'are of categories that are not among the classes'),
-            (empty, 'are smaller than a pixel'),
-            (outside, 'lie outside of their image'),
+        for mask, what, remedy in (
+            (
+                homeless,
+                'belong to no image of the file',
+                'List it under images, or take them out.',
+            ),
+            (
+                unknown,
+                'have a category that the file does not list',
+                'List it under categories, or take them out.',
+            ),
+            (
+                other,
+                'are of categories that are not among the classes',
+                'Name them in metainfo.classes if they are to be learnt.',
+            ),
+            (
+                empty,
+                'are smaller than a pixel',
+                'Correct them: x, y, width, height in pixels; or take them '
+                'out.',
+            ),
+            (
+                outside,
+                'lie outside of their image',
+                'Correct them: x, y, width, height in pixels; or take them '
+                'out.',
+            ),
         ):
             if mask.any():
                 ids = [
@@ -356,10 +415,13 @@ class _Coco:
                 ]
                 warn(
                     f'{self.who}: {int(mask.sum())} of {len(mask)} boxes '
-                    f'{what} (annotation {_few(ids)}); they are left out.'
+                    f'{what} (annotation {_few(ids)}); they are left out. '
+                    f'{remedy}'
                 )
         good = ~(homeless | unknown | other | empty | outside)
         self.report.boxes = int(good.sum())
+        self._warn_of_repeated_boxes(boxes, good)
+        self._count([names.get(one) for one in category], extent, good)
         if not good.any() and (self.training or len(good)):
             raise ValueError(
                 f'{self.who} has no box to train or evaluate on: of '
@@ -368,6 +430,41 @@ class _Coco:
         with_boxes = {one for one, keep in zip(image, good) if keep}
         self._refuse_filtered(with_boxes)
         self._warn_of_bare_images(with_boxes)
+
+    def _warn_of_repeated_boxes(
+        self, boxes: np.ndarray, good: np.ndarray
+    ) -> None:
+        """The same place, image and category: one object counted twice."""
+        seen, again = set(), []
+        for one, box, keep in zip(self.annotations, boxes.tolist(), good):
+            key = one['image_id'], one['category_id'], *box
+            if keep and key in seen:
+                again.append(one['id'])
+            seen.add(key)
+        if again:
+            self.report.warnings.append(
+                f'{self.who}: {len(again)} of {len(boxes)} boxes stand there '
+                f'for the second time, of one image, category and place '
+                f'(annotation {_few(again)}); each counts as an object of '
+                f'its own. Take them out.'
+            )
+
+    def _count(
+        self, names: Sequence[str], extent: np.ndarray, good: np.ndarray
+    ) -> None:
+        """Boxes of each class and size; crowds are no objects."""
+        crowd = [bool(one.get('iscrowd')) for one in self.annotations]
+        good = good & ~np.array(crowd, bool)
+        counts = Counter(one for one, keep in zip(names, good) if keep)
+        classes = self.report.classes or sorted(counts)
+        self.report.of_classes = {one: counts[one] for one in classes}
+        place = np.searchsorted(
+            list(SIZES.values()), extent.prod(1)[good], side='right'
+        )
+        self.report.of_sizes = {
+            size: int((place == number).sum())
+            for number, size in enumerate(SIZES)
+        }
 
     def _boxes(self) -> np.ndarray:
         """All boxes as ``x y width height``, (N, 4), pixels."""
@@ -405,12 +502,13 @@ class _Coco:
         bare = [
             one['id'] for one in self.images if one['id'] not in with_boxes
         ]
+        self.report.empty = len(bare)
         if not bare or not self.annotations:
             return
         filters = self.config.get('filter_cfg') or {}
         dropped = self.training and filters.get('filter_empty_gt', False)
         fate = 'left out' if dropped else 'kept as background'
-        self.report.warnings.append(
+        self.report.notes.append(
             f'{self.who}: {len(bare)} of {len(self.images)} images have no '
             f'box (image {_few(bare)}); they are {fate}.'
         )
@@ -551,6 +649,28 @@ def _has_size(path: str, size: tuple[int, int]) -> bool:
     with opened_picture(path) as image:
         # Either way round: a photograph may carry its rotation beside it.
         return image.size in (tuple(size), tuple(size)[::-1])
+
+
+def same_pictures(paths: Iterable[str]) -> list[list[str]]:
+    """Files of the same bytes, which annotations name as several pictures.
+
+    Only files of one size are read.
+
+    Args:
+        paths: Of the pictures; one that stands there twice counts once.
+
+    Returns:
+        Groups of two and more.
+    """
+    by_size = defaultdict(list)
+    for path in dict.fromkeys(paths):
+        by_size[os.path.getsize(path)].append(path)
+    groups = defaultdict(list)
+    for size, alike in by_size.items():
+        for path in alike if len(alike) > 1 else ():
+            digest = hashlib.sha256(Path(path).read_bytes()).digest()
+            groups[size, digest].append(path)
+    return [one for one in groups.values() if len(one) > 1]
 
 
 # ------------------------------------------------------------------- in words

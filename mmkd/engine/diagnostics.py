@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,8 @@ class _Observer:
         ]
         own = gradient(detection, maps) if maps else None
         found = {}
-        for name, loss in _by_term(self.model.terms, losses):
+        for name, parts in by_term(self.model.terms, losses).items():
+            loss = sum(parts.values())
             found[f'{name}_share'] = loss.detach() / total
             push = gradient(loss, maps) if maps else None
             if own is None or push is None or not push.any():
@@ -173,22 +174,42 @@ class _Observer:
         return {f'{name}_scores': torch.corrcoef(both)[0, 1]}
 
 
-def _by_term(
+def by_term(
     terms: Mapping[str, nn.Module], losses: Mapping[str, Any]
-) -> Iterator[tuple[str, Tensor]]:
-    """A term's logged losses added up; a group's children apart."""
-    for name, term in terms.items():
-        prefixes = [f'loss_kd_{name}']
-        if hasattr(term, 'terms'):
-            prefixes = [f'loss_kd_{name}_{child}' for child in term.terms]
-        for prefix in prefixes:
-            parts = [
-                value
-                for key, value in losses.items()
-                if key == prefix or key.startswith(f'{prefix}_')
-            ]
-            if parts:
-                yield prefix.removeprefix('loss_kd_'), sum(parts)
+) -> dict[str, dict[str, Tensor]]:
+    """Logged losses of each term by its name; a group's terms apart.
+
+    A loss belongs to the term whose name is the longest that it begins with.
+
+    Args:
+        terms: By name.
+        losses: Of a step.
+
+    Example:
+        >>> terms = dict(kd=nn.Module(), kd_box=nn.Module())
+        >>> by_term(terms, dict(loss_kd_kd=1, loss_kd_kd_box_near=2))
+        {'kd': {'loss_kd_kd': 1}, 'kd_box': {'loss_kd_kd_box_near': 2}}
+    """
+    names = [
+        label
+        for name, term in terms.items()
+        for label in (name, *(f'{name}_{one}' for one in _children(term)))
+    ]
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for key, value in losses.items():
+        own = key.removeprefix('loss_kd_')
+        fits = [
+            name
+            for name in names
+            if own != key and (own == name or own.startswith(f'{name}_'))
+        ]
+        if fits:
+            found[max(fits, key=len)][key] = value
+    return {name: parts for name, parts in found.items() if parts}
+
+
+def _children(term: nn.Module) -> Iterable[str]:
+    return getattr(term, 'terms', None) or ()
 
 
 def _features(

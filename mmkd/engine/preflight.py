@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -16,6 +20,7 @@ from mmkd.datasets.check import (
     check_annotation_file,
     check_dataset,
 )
+from mmkd.engine.findings import Finding
 from mmkd.pixels import KEPT
 from mmkd.store import PREDICTING, PREDICTIONS, Store
 
@@ -28,10 +33,10 @@ def check_training(config: Config, data: bool = True) -> Report:
 
     Args:
         config: The whole config.
-        data: Look into annotations and pictures too.
+        data: Look into weights, annotations and pictures too.
 
     Returns:
-        Classes of the training data, and the warnings of all data.
+        Classes of the training data, and all warnings.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -42,19 +47,22 @@ def check_training(config: Config, data: bool = True) -> Report:
     check_kept(config.train_dataloader, 'train_dataloader')
     if config.get('load_from'):
         _check_weights(config.load_from, 'load_from')
+    found = Report()
     for where, path in named_weights(config.model, 'model'):
         _check_weights(path, where)
+        if data and '://' not in path:
+            changed = check_named_hash(path, where)
+            found.warnings += [] if changed is None else [str(changed)]
     for part in ('model', 'train_dataloader'):
         for store, path in stores(config[part], part):
             store.check({}, [path] if path else [])
-    found = Report()
     if data:
         loader = config.train_dataloader
         for report in check_dataset(
             loader.dataset, 'train_dataloader.dataset'
         ):
             found.classes = found.classes or report.classes
-            found.warnings += report.warnings
+            found.warnings += report.warnings + report.notes
         found.warnings += _check_evaluation(config, 'val')
     return found
 
@@ -157,7 +165,9 @@ def _check_evaluation(config: Config, phase: str) -> list[str]:
             check_annotation_file(path, f'{phase}_evaluator.ann_file')
     where = f'{phase}_dataloader.dataset'
     reports = check_dataset(loader.dataset, where, training=False)
-    return [one for report in reports for one in report.warnings]
+    return [
+        one for report in reports for one in report.warnings + report.notes
+    ]
 
 
 def named_weights(config: Any, where: str) -> Iterator[tuple[str, str]]:
@@ -211,6 +221,66 @@ def _check_weights(path: str | os.PathLike, where: str) -> None:
     # An address is fetched when it is needed; mmengine caches it.
     if '://' not in str(path):
         check_file(path, where)
+
+
+def check_named_hash(path: str | os.PathLike, where: str) -> Finding | None:
+    """A file whose name ends with the start of its hash must have that hash.
+
+    So the zoos of OpenMMLab and torch name theirs:
+    ``retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth``.
+
+    Args:
+        path: The file.
+        where: Its place in the config, for the message.
+
+    Returns:
+        What is wrong; None if nothing is, or the name tells no hash.
+
+    Example:
+        >>> check_named_hash('epoch_12.pth', 'load_from') is None
+        True
+    """
+    path = Path(path).expanduser()
+    said = hash_in_name(path)
+    if said is None:
+        return None
+    digest = file_digest(path)
+    if digest.startswith(said):
+        return None
+    return Finding(
+        'warn',
+        f'{where}: the name of {str(path)!r} ends with {said}, as if its '
+        f'SHA-256 began with that, which begins with {digest[: len(said)]}. '
+        f'It was changed, or is damaged.',
+        f'Type: rm {shlex.quote(str(path))} and fetch it again, or rename it.',
+        where,
+    )
+
+
+def hash_in_name(path: str | os.PathLike) -> str | None:
+    """The start of a SHA-256 that a file's name ends with.
+
+    A date is none.
+
+    Example:
+        >>> hash_in_name('retinanet_20200130-c2398f9e.pth')
+        'c2398f9e'
+        >>> hash_in_name('retinanet-20200130.pth') is None
+        True
+    """
+    found = re.search(r'-([0-9a-f]{8,64})$', Path(path).stem)
+    if found is None or re.fullmatch(r'(19|20)\d{6}(\d{6})?', found[1]):
+        return None
+    return found[1]
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, without holding it in memory."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_classes(

@@ -7,7 +7,12 @@ from mmdet.datasets import CocoDataset, ConcatDataset
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-from mmkd.datasets.check import check_dataset, is_whole, named_classes
+from mmkd.datasets.check import (
+    check_dataset,
+    is_whole,
+    named_classes,
+    same_pictures,
+)
 
 
 @pytest.fixture
@@ -202,9 +207,9 @@ def test_data_without_any_box_cannot_be_trained_on(folder):
 
 def test_images_without_boxes_are_counted(folder):
     edit(folder, lambda content: content['annotations'].pop(0))
-    (kept,) = check(folder).warnings
+    (kept,) = check(folder).notes
     assert '1 of 4 images have no box (image 0); they are kept' in kept
-    (dropped,) = check(folder, filter_cfg=dict(filter_empty_gt=True)).warnings
+    (dropped,) = check(folder, filter_cfg=dict(filter_empty_gt=True)).notes
     assert 'left out' in dropped
 
 
@@ -273,3 +278,70 @@ def test_classes_are_those_of_the_config_or_of_the_type():
 
 def test_joined_sets_have_no_classes_of_their_own():
     assert named_classes(ConcatDataset, dict(datasets=[])) is None
+
+
+# What is counted, and what stands there twice --------------------------------
+
+
+def test_boxes_are_counted_by_class_and_size_without_crowds(folder):
+    def change(content):
+        box(content, 0, bbox=[0, 0, 32, 32], area=1024, category_id=1)
+        box(content, 1, bbox=[0, 0, 32, 31], area=992, category_id=4)
+        box(content, 2, bbox=[0, 0, 9, 9], area=81, iscrowd=1)
+        del content['annotations'][3:]
+
+    edit(folder, change)
+    report = check(folder)
+    # As large as the largest small object of COCO's is the smallest medium.
+    assert report.of_sizes == dict(small=1, medium=1, large=0)
+    assert report.of_classes == dict(disc=1, square=1, bar=0)
+    assert report.boxes == 3
+
+
+def test_a_box_that_stands_there_twice_is_counted_once_as_such(folder):
+    def repeat(content):
+        first = content['annotations'][0]
+        content['annotations'].append(dict(first, id=7))
+        content['annotations'].append(dict(first, id=8))
+
+    edit(folder, repeat)
+    (said,) = check(folder).warnings
+    assert '2 of 8 boxes stand there for the second time' in said
+    assert '(annotation 7, 8)' in said
+
+
+def test_an_object_of_two_classes_is_no_repetition(folder):
+    def both(content):
+        first = content['annotations'][0]
+        other = 4 if first['category_id'] == 1 else 1
+        content['annotations'].append(dict(first, id=7, category_id=other))
+
+    edit(folder, both)
+    assert check(folder).warnings == []
+
+
+def test_boxes_that_are_left_out_are_not_told_again_as_repeated(folder):
+    def spoil(content):
+        box(content, 1, bbox=[3, 3, 0, 9])
+        content['annotations'].append(dict(content['annotations'][1], id=7))
+
+    edit(folder, spoil)
+    (said,) = check(folder).warnings
+    assert '2 of 7 boxes are smaller than a pixel' in said
+
+
+def test_a_picture_under_two_ids_is_told(folder):
+    def rename(content):
+        content['images'][1]['file_name'] = content['images'][0]['file_name']
+
+    edit(folder, rename)
+    (said,) = check(folder).warnings
+    assert "1 images stand there more than once ('000.png')" in said
+
+
+def test_pictures_of_the_same_bytes_are_grouped(tmp_path):
+    contents = dict(a=b'one', b=b'two', c=b'one', d=b'three', e=b'one')
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    paths = [str(tmp_path / name) for name in 'abcdea']
+    assert same_pictures(paths) == [[str(tmp_path / one) for one in 'ace']]

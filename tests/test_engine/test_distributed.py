@@ -117,3 +117,28 @@ def test_a_signal_to_one_rank_stops_all_in_the_same_step(data, tmp_path):
     saved = read_checkpoint(tmp_path / 'interrupted.pth')
     assert saved['meta']['iter'] == 2
     assert len(saved[KEY]['ranks']) == RANKS
+
+
+@forks
+def test_ranks_that_look_at_their_first_step_train_the_same(
+    data, tmp_path, teachers, terms
+):
+    for number, hooks in enumerate([[], [dict(type='mmkd.FirstStepHook')]]):
+        cfg = runs.config(
+            data,
+            tmp_path / str(number),
+            epochs=1,
+            model=tiny.distilled(tiny.retinanet(), teachers, terms),
+        )
+        cfg.custom_hooks = hooks
+        cfg.log_level = 'INFO'
+        train(cfg)
+    without, looked = (
+        read_checkpoint(tmp_path / folder / 'epoch_1.pth') for folder in '01'
+    )
+    assert runs.differences(without['state_dict'], looked['state_dict']) == []
+    said = [
+        sum('Iteration 1, pkd: ' in one.read_text() for one in logs)
+        for logs in ((tmp_path / one).rglob('*.log') for one in '01')
+    ]
+    assert said == [0, 1]

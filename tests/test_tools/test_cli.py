@@ -1,6 +1,9 @@
+import json
 import os
 import pickle
+import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import tiny
 import torch
 from mmengine.config import Config
 
@@ -44,6 +48,10 @@ def train(config, *arguments):
 
 def evaluate(config, checkpoint, *arguments):
     return main(['test', str(config), str(checkpoint), *map(str, arguments)])
+
+
+def check(config, *arguments):
+    return main(['check', str(config), *map(str, arguments)])
 
 
 def metrics(folder):
@@ -166,6 +174,85 @@ def test_flips_are_added_where_the_config_has_none(config):
     assert cfg.model.type == 'DetTTAModel'
     assert cfg.model.module.type == 'RetinaNet'
     assert cfg.test_dataloader.dataset.pipeline[-1].type == 'TestTimeAug'
+
+
+def test_a_check_tells_failures_from_warnings_by_its_status(
+    config, data, tmp_path, capsys
+):
+    before = sorted(tmp_path.rglob('*'))
+    assert check(config, '--strict') == 0
+    assert capsys.readouterr().out.startswith(f'Check of {config}\n')
+    assert sorted(tmp_path.rglob('*')) == before
+    # A box that stands there twice is a warning.
+    shutil.copytree(data, tmp_path / 'data')
+    path = tmp_path / 'data' / 'train.json'
+    content = json.loads(path.read_text())
+    content['annotations'].append(dict(content['annotations'][0], id=99))
+    path.write_text(json.dumps(content))
+    where = f'train_dataloader.dataset.data_root={tmp_path / "data"}'
+    found = tmp_path / 'found.json'
+    assert check(config, '--cfg-options', where) == 0
+    assert check(config, '--strict', '--cfg-options', where) == 1
+    # A class too many is a failure.
+    option = 'model.bbox_head.num_classes=4'
+    assert check(config, '--json', found, '--cfg-options', option) == 2
+    content = json.loads(found.read_text())
+    assert content['verdict'] == 'fail'
+    assert 'num_classes=3' in capsys.readouterr().out
+
+
+def test_a_check_of_a_config_that_is_not_there_fails(config, capsys):
+    assert check(config.with_name('studnet.py')) == 2
+    assert "Did you mean '" in capsys.readouterr().err
+    assert check(config, '--print-config') == 2
+    assert 'Name its config: --teacher' not in capsys.readouterr().out
+
+
+def test_a_plan_is_checked_as_it_would_be_trained(config, tmp_path, capsys):
+    teacher = tiny.retinanet(base=16)
+    Config(dict(model=teacher)).dump(tmp_path / 'teacher.py')
+    file = tiny.save_teacher(teacher, tmp_path / 'teacher.pth')
+    status = check(
+        config,
+        '--no-data-check',
+        '--images',
+        0,
+        '--teacher',
+        tmp_path / 'teacher.py',
+        '--teacher-checkpoint',
+        file,
+        '--method',
+        'pkd',
+    )
+    said = capsys.readouterr().out
+    assert status == 0
+    assert "Teacher 'teacher'\nok" in said
+    assert 'Data' not in said.splitlines()
+
+
+def test_no_check_looks_at_nothing(config, monkeypatch, tmp_path):
+    looked = []
+    for place in (
+        'mmkd.engine.first_step.FirstStepHook.before_train_iter',
+        'mmkd.engine.preflight.check_dataset',
+    ):
+        monkeypatch.setattr(
+            place, lambda *_, place=place, **__: looked.append(place) or []
+        )
+    once = ('--cfg-options', 'train_cfg.max_epochs=1')
+    work = ('--work-dir', tmp_path / 'run')
+    assert train(config, *work, '--no-check', *once) == 0
+    assert looked == []
+    assert train(config, *work, *once) == 0
+    assert len(set(looked)) == 2
+
+
+def test_the_tool_is_the_verb(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['check.py', '--help'])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / 'tools' / 'check.py'), run_name='__main__')
+    assert stopped.value.code == 0
+    assert '--strict' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('tool', ['train.py', 'test.py'])
