@@ -10,8 +10,10 @@ instead of a warning.
 from __future__ import annotations
 
 import copy
+import errno
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ from mmkd.engine.keep import keeping_class
 from mmkd.engine.loops import ResumableEpochLoop, ResumableIterLoop
 from mmkd.engine.resume import ResumeHook, plain_model
 from mmkd.engine.start import Start
-from mmkd.files import whole
+from mmkd.files import remove_unfinished, whole
 
 #: Name of the checkpoint that Ctrl-C leaves.
 INTERRUPTED = 'interrupted.pth'
@@ -50,6 +52,8 @@ _LOOPS = {
 }
 #: Data transforms that remember earlier images or own a random state.
 _REMEMBERING = ('CachedMosaic', 'CachedMixUp', 'Albu')
+#: What the system says of a disk that takes no more.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Trainer(Runner):
@@ -98,7 +102,7 @@ class Trainer(Runner):
         return trainer
 
     @contextmanager
-    def undone_on_failure(self) -> Any:
+    def undone_on_failure(self) -> Iterator[None]:
         """Remove what the run wrote if it fails before its first step."""
         try:
             yield
@@ -138,9 +142,41 @@ class Trainer(Runner):
 
         Raises:
             Interrupted: If a signal asked to stop; the run was saved.
+            OSError: If the disk takes no more; the message says what is the
+                last whole checkpoint.
         """
-        with self.undone_on_failure(), self.interrupts:
+        with self.undone_on_failure(), self.interrupts, self.full_disk_told():
+            if is_main_process():
+                remove_unfinished(self.work_dir)
             return super().train()
+
+    @contextmanager
+    def full_disk_told(self) -> Iterator[None]:
+        """Say of a write that failed what is left to go on from."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise OSError(error.errno, self._of_full_disk(error)) from error
+
+    def _of_full_disk(self, error: OSError) -> str:
+        where = error.filename or self.work_dir
+        room = Path(where)
+        while not room.exists():
+            room = room.parent
+        free = shutil.disk_usage(room).free / 2**20
+        last = latest_checkpoint(self.work_dir)
+        kept = (
+            f'The last whole checkpoint is {last}. Make room there and go on '
+            f'with --resume.'
+            if last
+            else 'There is no checkpoint yet. Make room there and start again.'
+        )
+        return (
+            f'{error.strerror} at {where}, where {free:.0f} MiB are free: '
+            f'the training ended in iteration {self.iter + 1}. {kept}'
+        )
 
     def test(self) -> dict:
         """Launch test."""
