@@ -259,7 +259,7 @@ class Distilling:
                 self.observer(step, losses)
         if self.phases.given:
             self.phases.check_reach(losses)
-        self._guard.watch(losses, iteration)
+        self._guard.watch({**losses, **_by_level(self.terms)}, iteration)
         return losses
 
     def train(self, mode: bool = True) -> BaseModel:
@@ -447,6 +447,17 @@ def _scale(
         part: value if part.startswith('watch_') else factor * value
         for part, value in share.items()
     }
+
+
+def _by_level(terms: nn.ModuleDict) -> dict[str, Tensor]:
+    """What each level of each term has come to, where terms say it."""
+    found = {}
+    for path, module in terms.named_modules():
+        levels = vars(module).pop('by_level', None) or {}
+        name = '.'.join(one for one in path.split('.') if one != 'terms')
+        for level, value in levels.items():
+            found[f'term {name} at level {level}'] = value
+    return found
 
 
 def _refuse_broken_weights(

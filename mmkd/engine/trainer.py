@@ -2,9 +2,9 @@
 
 MMEngine's own, with six differences: a resumed run equals one that never
 stopped, checkpoints appear whole or not at all and old ones go last, a start
-that fails leaves nothing behind, Ctrl-C leaves a checkpoint, a loss that is
-not a number stops the run, and a checkpoint of another detector is an error
-instead of a warning.
+that fails leaves nothing behind, Ctrl-C leaves a checkpoint, a loss or a
+gradient that is not a number stops the run, and a checkpoint of another
+detector is an error instead of a warning.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Trainer(Runner):
         with self.undone_on_failure():
             super().__init__(model, work_dir, *args, **kwargs)
             self.register_hook(self.resume_hook)
-            self.register_hook(FiniteLossHook())
+            if not any(isinstance(one, FiniteLossHook) for one in self.hooks):
+                self.register_hook(FiniteLossHook())
             for hook in self.hooks:
                 if isinstance(hook, CheckpointHook):
                     hook.__class__ = keeping_class(type(hook))
