@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import get_rank, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import LOOPS
@@ -54,6 +55,12 @@ _LOOPS = {
 _REMEMBERING = ('CachedMosaic', 'CachedMixUp', 'Albu')
 #: What the system says of a disk that takes no more.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+#: What gloo and NCCL say when another process is there no more.
+_LOST = re.compile(
+    'connection (closed|reset|refused)|broken pipe|remote process exited'
+    '|timed out waiting',
+    re.IGNORECASE,
+)
 
 
 class Trainer(Runner):
@@ -143,41 +150,50 @@ class Trainer(Runner):
 
         Raises:
             Interrupted: If a signal asked to stop; the run was saved.
-            OSError: If the disk takes no more; the message says what is the
-                last whole checkpoint.
+            OSError: If the disk takes no more.
+            RuntimeError: If another process of the training has ended. Both
+                say what is the last whole checkpoint.
         """
-        with self.undone_on_failure(), self.interrupts, self.full_disk_told():
+        with self.undone_on_failure(), self.interrupts, self.failures_told():
             if is_main_process():
                 remove_unfinished(self.work_dir)
             return super().train()
 
     @contextmanager
-    def full_disk_told(self) -> Iterator[None]:
-        """Say of a write that failed what is left to go on from."""
+    def failures_told(self) -> Iterator[None]:
+        """Say of a full disk and of a lost rank what is left to go on from."""
         try:
             yield
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            raise OSError(error.errno, self._of_full_disk(error)) from error
+            where = error.filename or self.work_dir
+            free = shutil.disk_usage(_existing(where)).free / 2**20
+            raise OSError(
+                error.errno,
+                f'{error.strerror} at {where}, where {free:.0f} MiB are free. '
+                f'{self._what_is_left("Make room there and ")}',
+            ) from error
+        except RuntimeError as error:
+            if not self.distributed or not _LOST.search(str(error)):
+                raise
+            raise RuntimeError(
+                f'Another rank has ended, so that rank {get_rank()} waited in '
+                f'vain; the other has said why. {self._what_is_left()}'
+            ) from error
 
-    def _of_full_disk(self, error: OSError) -> str:
-        where = error.filename or self.work_dir
-        room = Path(where)
-        while not room.exists():
-            room = room.parent
-        free = shutil.disk_usage(room).free / 2**20
+    def _what_is_left(self, first: str = '') -> str:
+        ended = f'The training ended in iteration {self.iter + 1}.'
         last = latest_checkpoint(self.work_dir)
+        then = (
+            f'{first}go on with --resume' if last else f'{first}start it again'
+        )
         kept = (
-            f'The last whole checkpoint is {last}. Make room there and go on '
-            f'with --resume.'
+            f'The last whole checkpoint is {last}.'
             if last
-            else 'There is no checkpoint yet. Make room there and start again.'
+            else 'There is no checkpoint yet.'
         )
-        return (
-            f'{error.strerror} at {where}, where {free:.0f} MiB are free: '
-            f'the training ended in iteration {self.iter + 1}. {kept}'
-        )
+        return f'{ended} {kept} {then[0].upper()}{then[1:]}.'
 
     def test(self) -> dict:
         """Launch test."""
@@ -321,6 +337,12 @@ class Trainer(Runner):
             )
             self.logger.info(f'load_from {filename}: {fit.summary()}')
         return checkpoint
+
+
+def _existing(path: str | Path) -> Path:
+    """The path, or the folder nearest to it that is there."""
+    path = Path(path).absolute()
+    return next(one for one in (path, *path.parents) if one.exists())
 
 
 # ------------------------------------------------------------------- resuming
