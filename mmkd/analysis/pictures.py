@@ -16,6 +16,8 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkd.files import whole
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -120,7 +122,8 @@ def grid(
     names.add_legend(figure)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
+    with whole(path) as part:
+        figure.savefig(part, dpi=_DPI, format=path.suffix[1:] or 'png')
     return path
 
 
@@ -154,7 +157,8 @@ def mosaic(
         _write_title(axis, title)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
+    with whole(path) as part:
+        figure.savefig(part, dpi=_DPI, format=path.suffix[1:] or 'png')
     return path
 
 

@@ -453,7 +453,10 @@ def _by_level(terms: nn.ModuleDict) -> dict[str, Tensor]:
     """What each level of each term has come to, where terms say it."""
     found = {}
     for path, module in terms.named_modules():
-        levels = vars(module).pop('by_level', None) or {}
+        levels = getattr(module, 'by_level', None)
+        if not levels:
+            continue
+        module.by_level = {}  # of this step alone
         name = '.'.join(one for one in path.split('.') if one != 'terms')
         for level, value in levels.items():
             found[f'term {name} at level {level}'] = value

@@ -134,8 +134,9 @@ class FiniteLossHook(Hook):
     ) -> None:
         """Of a step after which the optimiser waits, note what it was."""
         if self.policy == 'skip':
+            then = f'in iteration {runner.iter + 1}'
             for found, now in zip(self._earlier, self.guard.look()):
-                found.extend(now)
+                found.extend(f'{one} {then}' for one in now)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Never save what a broken step left."""

@@ -106,6 +106,9 @@ class FeatureTerm(Term):
         self.losses = _build_losses(loss, self.levels)
         self.weight = _build_weight(weight, self.losses[0])
         self._introduced = False
+        #: Each level's share of the last step, for who looks whether it is a
+        #: number.
+        self.by_level: dict[int, Tensor] = {}
         #: Of dense heads, those of the student's scores that are compared.
         self._scores: Scores | None = None
         if not self.joint:
@@ -225,12 +228,12 @@ class FeatureTerm(Term):
                 zip(student, teacher, more)
             )
         ]
-        numbers = self.levels or range(len(losses))
-        #: Each level's share, for who looks whether it is a number.
-        self.by_level = {
-            number: _whole(one).detach()
-            for number, one in zip(numbers, losses)
-        }
+        if not step.dry:
+            numbers = self.levels or range(len(losses))
+            self.by_level = {
+                number: _whole(one).detach()
+                for number, one in zip(numbers, losses)
+            }
         return _sum(losses)
 
     def _introduce(self, step: Step) -> None:

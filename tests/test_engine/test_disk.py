@@ -79,11 +79,14 @@ def test_a_full_disk_says_so_and_leaves_the_last_checkpoint(data, small_disk):
     check_what_is_left(work_dir, work_dir)
 
     (small_disk / 'filler').unlink()
+    left = work_dir / '.iter_9.pth.part'  # as SIGKILL would have
+    left.touch()
     again = config(data, work_dir, None)
     again.custom_hooks, again.resume = [], True
     whole = config(data, small_disk.parent / 'whole', None)
     whole.custom_hooks = []
     assert runs.differences(runs.train(whole), runs.train(again)) == []
+    assert not left.exists()
 
 
 def test_a_disk_that_becomes_read_only_says_so(data, tmp_path, small_disk):
