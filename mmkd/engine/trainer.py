@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ class Trainer(Runner):
     def setup_env(self, env_cfg: dict) -> None:
         """Also start distributed runs on machines without a GPU."""
         if self.distributed and self._launcher == 'pytorch':
-            start_without_gpu()
+            start_without_gpu((env_cfg.get('dist_cfg') or {}).get('timeout'))
         super().setup_env(env_cfg)
 
     def wrap_model(
@@ -430,11 +431,16 @@ def latest_checkpoint(work_dir: str | Path) -> str | None:
 # ---------------------------------------------------------------- distributed
 
 
-def start_without_gpu() -> None:
+def start_without_gpu(timeout: int | None = None) -> None:
     """Join the process group by gloo where there is no GPU for NCCL.
 
     MMEngine's start would ask for a CUDA device.
+
+    Args:
+        timeout: Seconds to wait for a rank that hangs; gloo's own if None.
     """
     if torch.cuda.is_available() or torch.distributed.is_initialized():
         return
-    torch.distributed.init_process_group('gloo')
+    torch.distributed.init_process_group(
+        'gloo', timeout=timeout and timedelta(seconds=timeout)
+    )

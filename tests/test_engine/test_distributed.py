@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import time
+from datetime import timedelta
 
 import pytest
 import runs
@@ -17,6 +18,7 @@ from mmengine.registry import HOOKS
 from mmkd.compat.checkpoint import read_checkpoint
 from mmkd.engine.interrupt import Interrupted
 from mmkd.engine.resume import KEY
+from mmkd.engine.trainer import start_without_gpu
 
 data, quick_starts = runs.data, runs.quick_starts
 
@@ -227,3 +229,17 @@ def test_ranks_stay_alike_without_boxes_and_with_an_uneven_batch(
 def _is_learnt(key):
     # Statistics of BatchNorm are each rank's own.
     return 'running_' not in key and 'num_batches' not in key
+
+
+def test_a_rank_that_hangs_is_waited_for_as_long_as_the_config_says(
+    monkeypatch,
+):
+    asked = []
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    monkeypatch.setattr(
+        'torch.distributed.init_process_group',
+        lambda backend, timeout: asked.append((backend, timeout)),
+    )
+    start_without_gpu(90)
+    start_without_gpu()
+    assert asked == [('gloo', timedelta(seconds=90)), ('gloo', None)]
