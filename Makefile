@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 # Neither stack's mmcv is compiled here: mmkd brings what mmdet calls.
 export MMCV_WITH_OPS := 0
 
-.PHONY: demo test test-slow test-all zoo lint format docs lock audit setup clean
+.PHONY: demo test test-slow test-all soak zoo lint format docs lock audit setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -69,6 +69,9 @@ test-slow: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python tools/test_all.py --jobs $(JOBS)
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak -rP
 
 zoo: $(READY)
 	$(BIN)/python tools/check_zoo.py --jobs $(JOBS)

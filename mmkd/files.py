@@ -35,8 +35,43 @@ def whole(path: str | Path, durable: bool = True) -> Iterator[Path]:
             with temporary.open('rb+') as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+        if durable:
+            _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the disk has the new name as well."""
+    if not hasattr(os, 'O_DIRECTORY'):  # Windows cannot
+        return
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def remove_unfinished(folder: str | Path) -> list[Path]:
+    """Remove what a killed process has begun to write with :func:`whole`.
+
+    Args:
+        folder: Where it is. No other process may be writing there.
+
+    Returns:
+        What was removed.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / '.note.txt.part').write_text('do')
+        >>> [one.name for one in remove_unfinished(folder)]
+        ['.note.txt.part']
+    """
+    unfinished = [one for one in Path(folder).glob('.*.part') if one.is_file()]
+    for one in unfinished:
+        one.unlink(missing_ok=True)
+    return unfinished
 
 
 def check_free(*paths: str | Path, overwrite: bool = False) -> None:

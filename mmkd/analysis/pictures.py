@@ -16,6 +16,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkd.files import whole
 from mmkd.reading import check_picture
 
 if TYPE_CHECKING:
@@ -122,7 +123,8 @@ def grid(
     names.add_legend(figure)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
+    with whole(path) as part:
+        figure.savefig(part, dpi=_DPI, format=path.suffix[1:] or 'png')
     return path
 
 
@@ -156,7 +158,8 @@ def mosaic(
         _write_title(axis, title)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
+    with whole(path) as part:
+        figure.savefig(part, dpi=_DPI, format=path.suffix[1:] or 'png')
     return path
 
 

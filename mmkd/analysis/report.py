@@ -39,6 +39,7 @@ from mmkd.analysis.page import (
 )
 from mmkd.analysis.pictures import Boxes, grid
 from mmkd.analysis.verdict import TONES, judge, outcome, summarise
+from mmkd.files import whole
 
 __all__ = ['Case', 'diff', 'draw_cases', 'headline', 'write_report']
 
@@ -107,7 +108,8 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> dict:
         files['report.html'] = as_html(found.facts['title'], blocks)
         files['report.md'] = as_markdown(blocks)
     for name, text in files.items():
-        (folder / name).write_text(text, encoding='utf-8')
+        with whole(folder / name) as part:
+            part.write_text(text, encoding='utf-8')
     _write_csv(found, folder / 'results.csv')
     names = [*files, 'results.csv', *pictures]
     return {name: folder / name for name in names}
@@ -621,7 +623,10 @@ def _write_csv(found: Results, path: Path) -> None:
     head = ['arm', 'title', 'kind', 'method', 'seed', 'status', 'reason']
     head += ['iterations', 'step_ratio', 'seconds', *metrics]
     head += [f'AP/{name}' for name in classes]
-    with path.open('w', newline='', encoding='utf-8') as file:
+    with (
+        whole(path) as part,
+        part.open('w', newline='', encoding='utf-8') as file,
+    ):
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(head)
         for name, run in runs:

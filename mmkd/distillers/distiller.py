@@ -261,7 +261,7 @@ class Distilling:
                 self.observer(step, losses)
         if self.phases.given:
             self.phases.check_reach(losses)
-        self._guard.watch(losses, iteration)
+        self._guard.watch({**losses, **_by_level(self.terms)}, iteration)
         return losses
 
     def train(self, mode: bool = True) -> BaseModel:
@@ -469,6 +469,20 @@ def _scale(
         part: value if part.startswith('watch_') else factor * value
         for part, value in share.items()
     }
+
+
+def _by_level(terms: nn.ModuleDict) -> dict[str, Tensor]:
+    """What each level of each term has come to, where terms say it."""
+    found = {}
+    for path, module in terms.named_modules():
+        levels = getattr(module, 'by_level', None)
+        if not levels:
+            continue
+        module.by_level = {}  # of this step alone
+        name = '.'.join(one for one in path.split('.') if one != 'terms')
+        for level, value in levels.items():
+            found[f'term {name} at level {level}'] = value
+    return found
 
 
 def _refuse_broken_weights(

@@ -2,23 +2,28 @@
 
 MMEngine's own, with seven differences: a resumed run equals one that never
 stopped, checkpoints appear whole or not at all and old ones go last, a start
-that fails leaves nothing behind, Ctrl-C leaves a checkpoint, a loss that is
-not a number stops the run, a checkpoint of another detector is an error
-instead of a warning, and what is compiled or computed twice is still tapped.
+that fails leaves nothing behind, Ctrl-C leaves a checkpoint, a loss or a
+gradient that is not a number stops the run, a checkpoint of another detector
+is an error instead of a warning, and what is compiled or computed twice is
+still tapped.
 """
 
 from __future__ import annotations
 
 import copy
+import errno
 import os
-from collections.abc import Callable, Mapping
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import get_rank, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import LOOPS
@@ -44,7 +49,7 @@ from mmkd.engine.keep import keeping_class
 from mmkd.engine.loops import ResumableEpochLoop, ResumableIterLoop
 from mmkd.engine.resume import ResumeHook, plain_model
 from mmkd.engine.start import Start
-from mmkd.files import whole
+from mmkd.files import remove_unfinished, whole
 
 #: Name of the checkpoint that Ctrl-C leaves.
 INTERRUPTED = 'interrupted.pth'
@@ -54,6 +59,14 @@ _LOOPS = {
 }
 #: Data transforms that remember earlier images or own a random state.
 _REMEMBERING = ('CachedMosaic', 'CachedMixUp', 'Albu')
+#: What the system says of a disk that takes no more.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+#: What gloo and NCCL say when another process is there no more.
+_LOST = re.compile(
+    'connection (closed|reset|refused)|broken pipe|remote process exited'
+    '|timed out waiting',
+    re.IGNORECASE,
+)
 
 
 class Trainer(Runner):
@@ -79,7 +92,8 @@ class Trainer(Runner):
         with self.undone_on_failure():
             super().__init__(model, work_dir, *args, **kwargs)
             self.register_hook(self.resume_hook)
-            self.register_hook(FiniteLossHook())
+            if not any(isinstance(one, FiniteLossHook) for one in self.hooks):
+                self.register_hook(FiniteLossHook())
             for hook in self.hooks:
                 if isinstance(hook, CheckpointHook):
                     hook.__class__ = keeping_class(type(hook))
@@ -102,7 +116,7 @@ class Trainer(Runner):
         return trainer
 
     @contextmanager
-    def undone_on_failure(self) -> Any:
+    def undone_on_failure(self) -> Iterator[None]:
         """Remove what the run wrote if it fails before its first step."""
         try:
             yield
@@ -113,7 +127,7 @@ class Trainer(Runner):
     def setup_env(self, env_cfg: dict) -> None:
         """Also start distributed runs on machines without a GPU."""
         if self.distributed and self._launcher == 'pytorch':
-            start_without_gpu()
+            start_without_gpu((env_cfg.get('dist_cfg') or {}).get('timeout'))
         super().setup_env(env_cfg)
 
     def wrap_model(
@@ -142,13 +156,55 @@ class Trainer(Runner):
 
         Raises:
             Interrupted: If a signal asked to stop; the run was saved.
+            OSError: If the disk takes no more.
+            RuntimeError: If another process of the training has ended. Both
+                say what is the last whole checkpoint.
         """
         with (
             self.undone_on_failure(),
             self.interrupts,
+            self.failures_told(),
             checkpointing_kept_in_the_graph(),
         ):
+            if is_main_process():
+                remove_unfinished(self.work_dir)
             return super().train()
+
+    @contextmanager
+    def failures_told(self) -> Iterator[None]:
+        """Say of a full disk and of a lost rank what is left to go on from."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            where = error.filename or self.work_dir
+            free = shutil.disk_usage(_existing(where)).free / 2**20
+            raise OSError(
+                error.errno,
+                f'{error.strerror} at {where}, where {free:.0f} MiB are free. '
+                f'{self._what_is_left("Make room there and ")}',
+            ) from error
+        except RuntimeError as error:
+            if not self.distributed or not _LOST.search(str(error)):
+                raise
+            raise RuntimeError(
+                f'Another rank has ended, so that rank {get_rank()} waited in '
+                f'vain; the other has said why. {self._what_is_left()}'
+            ) from error
+
+    def _what_is_left(self, first: str = '') -> str:
+        ended = f'The training ended in iteration {self.iter + 1}.'
+        last = latest_checkpoint(self.work_dir)
+        then = (
+            f'{first}go on with --resume' if last else f'{first}start it again'
+        )
+        kept = (
+            f'The last whole checkpoint is {last}.'
+            if last
+            else 'There is no checkpoint yet.'
+        )
+        return f'{ended} {kept} {then[0].upper()}{then[1:]}.'
 
     def _maybe_compile(self, target: str) -> None:
         """Compile a distilled student's parts, any other model's step."""
@@ -309,6 +365,12 @@ class Trainer(Runner):
         return checkpoint
 
 
+def _existing(path: str | Path) -> Path:
+    """The path, or the folder nearest to it that is there."""
+    path = Path(path).absolute()
+    return next(one for one in (path, *path.parents) if one.exists())
+
+
 # ------------------------------------------------------------------- resuming
 
 
@@ -394,11 +456,16 @@ def latest_checkpoint(work_dir: str | Path) -> str | None:
 # ---------------------------------------------------------------- distributed
 
 
-def start_without_gpu() -> None:
+def start_without_gpu(timeout: int | None = None) -> None:
     """Join the process group by gloo where there is no GPU for NCCL.
 
     MMEngine's start would ask for a CUDA device.
+
+    Args:
+        timeout: Seconds to wait for a rank that hangs; gloo's own if None.
     """
     if torch.cuda.is_available() or torch.distributed.is_initialized():
         return
-    torch.distributed.init_process_group('gloo')
+    torch.distributed.init_process_group(
+        'gloo', timeout=timeout and timedelta(seconds=timeout)
+    )

@@ -26,6 +26,7 @@ from mmkd.analysis.cost import gflops, parameters, quiet
 from mmkd.analysis.report import diff, write_report
 from mmkd.checks import check_name, suggest
 from mmkd.configs import read_config, student_config
+from mmkd.files import whole
 from mmkd.laboratory import arms as build
 from mmkd.laboratory.arms import Arm
 from mmkd.laboratory.digests import (
@@ -435,7 +436,8 @@ class Comparison:
         known = json.loads(path.read_text())
         if arm.name in known:  # controls are not timed
             known[arm.name]['key'] = self._pace_key(arm)
-        path.write_text(json.dumps(known, indent=1))
+        with whole(path) as part:
+            part.write_text(json.dumps(known, indent=1))
 
     def _pace_key(self, arm: Arm) -> str:
         settings = self._seeded(arm, self.setting.seeds[0])
@@ -700,7 +702,8 @@ class Comparison:
                     rounds_new=times.get(fresh(name)),
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(known, indent=1))
+            with whole(path) as part:
+                part.write_text(json.dumps(known, indent=1))
         self.seconds = known[arms[0].name]['seconds']
         return {arm.name: known[arm.name]['ratio'] for arm in arms}
 

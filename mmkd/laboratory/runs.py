@@ -22,6 +22,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 
 from mmkd.analysis.curves import ap_history
+from mmkd.files import whole
 
 PACKAGE = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, '-m', 'mmkd.cli']
@@ -115,7 +116,8 @@ class Run:
         if self.stale:
             self._set_aside()
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / 'fingerprint').write_text(self.fingerprint())
+        with whole(self.folder / 'fingerprint') as part:
+            part.write_text(self.fingerprint())
         self._begin = time.time()
         self._launch('test' if self.final.is_file() else 'train')
 

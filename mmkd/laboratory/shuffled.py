@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmkd.compat.checkpoint import read_checkpoint, state_dict_of
 from mmkd.configs import student_config
+from mmkd.files import whole
 from mmkd.randomness import preserved
 from mmkd.teachers import run_detector, without_init
 
@@ -48,7 +49,8 @@ def save_shuffled(
     out.parent.mkdir(parents=True, exist_ok=True)
     meta = checkpoint.get('meta', {})
     kept = {key: meta[key] for key in ('dataset_meta',) if key in meta}
-    torch.save(dict(state_dict=detector.state_dict(), meta=kept), out)
+    with whole(out) as part:
+        torch.save(dict(state_dict=detector.state_dict(), meta=kept), part)
     return out
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from mmkd.checks import check_positive
+from mmkd.files import whole
 from mmkd.laboratory.runs import Run
 
 #: Entries of a log that differ from run to run.
@@ -81,8 +82,10 @@ def accept(run: Run, before: str, steps: int) -> None:
         steps=steps,
         of=run.iterations,
     )
-    path.write_text(json.dumps([*record, entry], indent=1))
-    (run.folder / 'fingerprint').write_text(run.fingerprint())
+    with whole(path) as part:
+        part.write_text(json.dumps([*record, entry], indent=1))
+    with whole(run.folder / 'fingerprint') as part:
+        part.write_text(run.fingerprint())
 
 
 def difference(run: Run, steps: int) -> str | None:

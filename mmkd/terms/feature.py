@@ -106,6 +106,9 @@ class FeatureTerm(Term):
         self.losses = _build_losses(loss, self.levels)
         self.weight = _build_weight(weight, self.losses[0])
         self._introduced = False
+        #: Each level's share of the last step, for who looks whether it is a
+        #: number.
+        self.by_level: dict[int, Tensor] = {}
         #: Of dense heads, those of the student's scores that are compared.
         self._scores: Scores | None = None
         if not self.joint:
@@ -219,12 +222,19 @@ class FeatureTerm(Term):
             more = () if weights is None else (weights,)
             return self.losses[0](student, teacher, gt, *more)
         more = [()] * len(student) if weights is None else zip(weights)
-        return _sum(
+        losses = [
             self._level_loss(level)(one, other, gt, *extra)
             for level, (one, other, extra) in enumerate(
                 zip(student, teacher, more)
             )
-        )
+        ]
+        if not step.dry:
+            numbers = self.levels or range(len(losses))
+            self.by_level = {
+                number: _whole(one).detach()
+                for number, one in zip(numbers, losses)
+            }
+        return _sum(losses)
 
     def _introduce(self, step: Step) -> None:
         """Show the teacher's classifier to losses that ask for it, once."""
@@ -421,6 +431,14 @@ def _levels_wanted(kind: type) -> str:
     return (
         f'{kind.__name__} differs from level to level, so the term must know '
         f'how many there are: add for instance levels=(0, 1, 2, 3, 4) to it.'
+    )
+
+
+def _whole(loss: Tensor | dict[str, Tensor]) -> Tensor:
+    if not isinstance(loss, dict):
+        return loss
+    return sum(
+        value for part, value in loss.items() if not part.startswith('watch_')
     )
 
 

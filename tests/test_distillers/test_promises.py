@@ -501,6 +501,28 @@ def test_nan_stops_before_the_next_step_and_before_saving(
         student.loss(images, samples)
 
 
+def test_a_level_that_is_no_number_is_named_in_its_own_step_alone(student):
+    student.init_weights()
+    term = student.terms['pkd']
+    plain = term.losses[1].forward
+    term.losses[1].forward = lambda *given: plain(*given) * float('nan')
+    student.check_pair()  # as while it is built
+    assert term.by_level == {}
+    del term.losses[1].forward
+    student.loss(*tiny.batch())
+    student._guard.check()
+    term.losses[1].forward = lambda *given: plain(*given) * float('nan')
+    student.loss(*tiny.batch())
+    assert term.by_level == {}
+    with pytest.raises(FloatingPointError, match='term pkd at level 1 = nan'):
+        student._guard.check()
+
+
+def test_a_copy_of_a_student_has_no_witness(student):
+    student._guard.witness = print
+    assert copy.deepcopy(student)._guard.witness is None
+
+
 def test_bare_names_resolve_in_mmdet():
     assert MODELS.build(dict(type='PKDLoss')).loss_weight == 1.0
     assert MODELS.build(dict(type='mmkd.PKDLoss')).loss_weight == 1.0

@@ -1,7 +1,10 @@
+import json
 import multiprocessing
 import os
 import signal
 import socket
+import time
+from datetime import timedelta
 
 import pytest
 import runs
@@ -15,6 +18,7 @@ from mmengine.registry import HOOKS
 from mmkd.compat.checkpoint import read_checkpoint
 from mmkd.engine.interrupt import Interrupted
 from mmkd.engine.resume import KEY
+from mmkd.engine.trainer import start_without_gpu
 
 data, quick_starts = runs.data, runs.quick_starts
 
@@ -54,6 +58,50 @@ def train_rank(rank, port, cfg, resume):
         os._exit(stopped.iteration)
 
 
+@HOOKS.register_module()
+class Die(Hook):
+    """Ends the second rank at once, as the system does without memory."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if get_rank() == 1 and runner.iter == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@HOOKS.register_module()
+class Note(Hook):
+    """Breaks a loss of one rank; keeps the last weights of both."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        found = [len(one.gt_instances) for one in data_batch['data_samples']]
+        if get_rank() == 1:
+            assert sum(found) == 0
+        self.broken = get_rank() == 1 and runner.iter == 1
+        self.seen.append(len(found))
+
+    def after_train_iter(self, runner, batch_idx, data_batch, outputs):
+        row = runner.message_hub.get_info('non_finite_in_a_row', 0)
+        self.skipped.append(row)
+
+    def before_train(self, runner):
+        self.seen, self.skipped, self.broken = [], [], False
+        head = runner.model.module.bbox_head
+        plain = head.loss
+
+        def loss(*given):
+            found = plain(*given)
+            if self.broken:  # no gradient tells the other rank of it
+                found['loss_more'] = torch.tensor(float('nan'))
+            return found
+
+        head.loss = loss
+
+    def after_train(self, runner):
+        path = os.path.join(runner.work_dir, f'end{get_rank()}.pth')
+        state = runner.model.module.state_dict()
+        found = dict(state=state, seen=self.seen, skipped=self.skipped)
+        torch.save(found, path)
+
+
 def train(cfg, resume=None, expected=0):
     cfg.launcher = 'pytorch'
     context = multiprocessing.get_context('fork')
@@ -68,7 +116,10 @@ def train(cfg, resume=None, expected=0):
         one.join(120)
         if one.is_alive():
             one.kill()
-    assert [one.exitcode for one in ranks] == [expected] * RANKS
+            one.join()
+    if isinstance(expected, int):
+        expected = [expected] * RANKS
+    assert [one.exitcode for one in ranks] == expected
 
 
 @forks
@@ -142,3 +193,78 @@ def test_ranks_that_look_at_their_first_step_train_the_same(
         for logs in ((tmp_path / one).rglob('*.log') for one in '01')
     ]
     assert said == [0, 1]
+
+
+@forks
+def test_a_rank_that_dies_ends_the_others_with_a_message(
+    data, tmp_path, capfd
+):
+    cfg = runs.config(data, tmp_path, iters=50)
+    cfg.custom_hooks = [dict(type='Die')]
+    begun = time.monotonic()
+    train(cfg, expected=[1, -signal.SIGKILL])
+    assert time.monotonic() - begun < 60
+    said = capfd.readouterr().err
+    assert 'Another rank has ended' in said
+    assert f'last whole checkpoint is {tmp_path}/iter_2.pth' in said
+
+
+@forks
+def test_ranks_stay_alike_without_boxes_and_with_an_uneven_batch(
+    tmp_path, teachers, terms
+):
+    """And where the loss of one of them is no number."""
+    folder = tmp_path / 'data'
+    path = runs.write_coco(folder, images=10)
+    content = json.loads(path.read_text())
+    # The second rank is shown every other image.
+    content['annotations'] = [
+        one for one in content['annotations'] if one['image_id'] % 2 == 0
+    ]
+    path.write_text(json.dumps(content))
+
+    terms['pkd']['align'] = dict(
+        type='mmkd.ConvAdapt', in_channels=16, out_channels=16
+    )
+    model = tiny.distilled(tiny.retinanet(), teachers, terms)
+    cfg = runs.config(folder, tmp_path / 'run', epochs=1, model=model)
+    cfg.train_dataloader.sampler.shuffle = False
+    del cfg.train_dataloader['batch_sampler']
+    cfg.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=False)
+    cfg.custom_hooks = [
+        dict(type='Note'),
+        dict(type='mmkd.FiniteLossHook', policy='skip'),
+    ]
+    train(cfg)
+    ends = [
+        torch.load(tmp_path / 'run' / f'end{rank}.pth')
+        for rank in range(RANKS)
+    ]
+    assert [one['seen'] for one in ends] == [[2, 2, 1]] * RANKS
+    assert [one['skipped'] for one in ends] == [[0, 1, 0]] * RANKS
+    assert all(one.isfinite().all() for one in ends[0]['state'].values())
+    learnt = [
+        {key: one for key, one in end['state'].items() if _is_learnt(key)}
+        for end in ends
+    ]
+    assert any(key.startswith('terms.pkd.align') for key in learnt[0])
+    assert runs.differences(*learnt) == []
+
+
+def _is_learnt(key):
+    # Statistics of BatchNorm are each rank's own.
+    return 'running_' not in key and 'num_batches' not in key
+
+
+def test_a_rank_that_hangs_is_waited_for_as_long_as_the_config_says(
+    monkeypatch,
+):
+    asked = []
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    monkeypatch.setattr(
+        'torch.distributed.init_process_group',
+        lambda backend, timeout: asked.append((backend, timeout)),
+    )
+    start_without_gpu(90)
+    start_without_gpu()
+    assert asked == [('gloo', timedelta(seconds=90)), ('gloo', None)]
