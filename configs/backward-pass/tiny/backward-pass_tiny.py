@@ -11,6 +11,7 @@ model = dict(
             type='mmkd.BackwardPassTerm',
             teacher='big',
             step_size=1.0,
+            interval=2,
         ),
     ),
 )
