@@ -161,6 +161,8 @@ class _Outputs:
 class _Step:
     """As much of a step as a feature term reads."""
 
+    dry = False
+
     def __init__(self, student, teacher):
         self.student, self._teacher = _Outputs(student), _Outputs(teacher)
         self.images = torch.zeros(IMAGES, 3, SIDE, SIDE)

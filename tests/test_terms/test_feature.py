@@ -22,6 +22,8 @@ class Outputs:
 class Step:
     """As much of a step as the term reads."""
 
+    dry = False
+
     def __init__(self, student, teacher, size=(64, 64), shown=None):
         self.student = Outputs(**student)
         self.shown = Outputs(shown or size, **teacher)

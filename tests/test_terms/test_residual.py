@@ -136,7 +136,7 @@ def test_an_assistant_that_says_nothing_leaves_the_students_error(file):
         ([other - one for one, other in zip(main, teacher)], 0),
         ([*teacher], sum(one.square().mean() for one in main)),
     ):
-        said = tuple(one.detach() for one in said)
+        said = tuple(one.detach().requires_grad_() for one in said)
         student.backbone.assistant.forward = lambda _, said=said: said
         losses = student.loss(images, samples)
         if expected is None:
