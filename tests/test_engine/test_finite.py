@@ -183,6 +183,18 @@ def test_a_last_step_that_is_broken_is_noticed_without_a_checkpoint(config):
         runs.train(cfg)
 
 
+def test_a_hook_of_the_config_stands_alone(config):
+    """Another one beside it would stop what it skips."""
+    cfg = config({}, iters=1, taught=False)
+    cfg.custom_hooks = [dict(type='mmkd.FiniteLossHook', policy='skip')]
+    found = [
+        hook.policy
+        for hook in Trainer.from_cfg(cfg).hooks
+        if isinstance(hook, FiniteLossHook)
+    ]
+    assert found == ['skip']
+
+
 def test_nothing_waits_for_the_device(monkeypatch):
     """No value is read while a step is watched."""
     weight = nn.Parameter(torch.ones(3))
