@@ -347,6 +347,7 @@ def test_few_images_condemn_no_teacher(folders, tmp_path):
     assert said(sheet, 'warn') == []
 
 
+@pytest.mark.slow
 def test_a_teacher_in_another_normalisation_is_named(folders):
     wrong = teacher_model(mean=[0.0] * 3, std=[1.0] * 3)
     sheet = evaluated(folders, teacher=wrong)
@@ -357,6 +358,7 @@ def test_a_teacher_in_another_normalisation_is_named(folders):
     assert 'differ in mean, std;' in note
 
 
+@pytest.mark.slow
 def test_channels_in_another_order_are_named(folders):
     wrong = teacher_model(bgr_to_rgb=False)
     (warning,) = said(evaluated(folders, teacher=wrong), 'warn')
@@ -408,6 +410,7 @@ def test_a_permuted_class_list_is_named_where_classes_are_compared(
     assert any('No term compares them' in one for one in said(sheet, 'note'))
 
 
+@pytest.mark.slow
 def test_the_card_is_believed_on_the_data_it_speaks_of(folders, tmp_path):
     path = tmp_path / 'carded.py'
     training(folders).dump(path)
