@@ -75,15 +75,15 @@ def test_a_name_of_mmdet_is_refused_and_both_owners_are_named(forget):
     assert 'RetinaNet' not in MODELS.module_dict, 'nothing is half registered'
 
 
-def test_a_name_that_another_library_owns_is_refused(forget):
+def test_a_name_that_another_package_owns_is_refused(forget):
     class Theirs(nn.Module):
-        __module__ = 'another.library'
+        __module__ = 'another.package'
 
     class Ours(nn.Module):
         pass
 
     mmdet.registry.MODELS.register_module(name='SharedLoss', module=Theirs)
-    with pytest.raises(KeyError, match=r'another\.library already owns'):
+    with pytest.raises(KeyError, match=r'another\.package already owns'):
         MODELS.register_module(name='SharedLoss', module=Ours)
 
 

@@ -50,7 +50,11 @@ from mmkd.analysis.teacher_check import (
     seeing,
     told,
 )
-from mmkd.compat.checkpoint import read_checkpoint, state_dict_of
+from mmkd.compat.checkpoint import (
+    kept_at,
+    read_checkpoint,
+    state_dict_of,
+)
 from mmkd.datasets.check import (
     Report,
     check_dataset,
@@ -868,8 +872,7 @@ def _fetched(checkpoint: str | os.PathLike) -> Path | None:
     """Where torch keeps a file that was fetched."""
     if '://' not in str(checkpoint):
         return None
-    name = str(checkpoint).rpartition('/')[2]
-    path = Path(torch.hub.get_dir(), 'checkpoints', name)
+    path = kept_at(str(checkpoint))
     return path if path.is_file() else None
 
 

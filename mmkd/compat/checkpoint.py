@@ -42,7 +42,10 @@ __all__ = [
     'allow_checkpoints',
     'check_file',
     'classes_of',
+    'hash_in_name',
+    'kept_at',
     'read_checkpoint',
+    'sha256_of',
     'state_dict_of',
     'trusting',
 ]
@@ -59,9 +62,6 @@ _CORES = ('numpy.core', 'numpy._core')
 _CODES = '?bBhHiIlLqQefdgFDGSUmM'
 #: Wrappers whose name a state dict's keys may start with.
 _WRAPPERS = ('module.', '_orig_mod.')
-#: The file of an address whose name ends in digits of its SHA-256, as those
-#: of torchvision and OpenMMLab do.
-_HASHED = re.compile(r'-([a-f0-9]{8,64})\.\w+$')
 #: What an address ends in that says the whole SHA-256 of its file.
 _SHA256 = '#sha256='
 #: Files that may be unpickled in full, with the SHA-256 of each, and those of
@@ -169,14 +169,11 @@ def load_from_url(
     Raises:
         CheckpointError: If it is another file, or not safe to read.
     """
+    path = kept_at(url, model_dir)
     url, _, digest = url.partition(_SHA256)
-    name = Path(urlparse(url).path).name
-    folder = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'))
-    path = folder / name
-    known = _HASHED.search(name)
-    prefix = digest.lower() or (known.group(1) if known else None)
+    prefix = digest.lower() or hash_in_name(path)
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), prefix, progress)
         except RuntimeError as error:
@@ -193,6 +190,34 @@ def load_from_url(
             f'fetched again.'
         )
     return read_checkpoint(path, map_location)
+
+
+def kept_at(url: str, folder: str | Path | None = None) -> Path:
+    """Where a file that is fetched is kept, whether it is there or not.
+
+    Args:
+        url: ``https://…``, with or without ``#sha256=…`` behind it.
+        folder: Where files are kept; torch's cache if None.
+    """
+    folder = folder or Path(torch.hub.get_dir(), 'checkpoints')
+    return Path(folder, Path(urlparse(url).path).name)
+
+
+def hash_in_name(path: str | os.PathLike) -> str | None:
+    """The start of a SHA-256 that a file's name ends with.
+
+    So the zoos of OpenMMLab and torch name theirs. A date is none.
+
+    Example:
+        >>> hash_in_name('retinanet_20200130-c2398f9e.pth')
+        'c2398f9e'
+        >>> hash_in_name('retinanet-20200130.pth') is None
+        True
+    """
+    found = re.search(r'-([0-9a-f]{8,64})$', Path(path).stem)
+    if found is None or re.fullmatch(r'(19|20)\d{6}(\d{6})?', found[1]):
+        return None
+    return found[1]
 
 
 def _disarming(loader: Callable) -> Callable:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mmkd.distillers.distiller import Observer, position
 from mmkd.engine.diagnostics import by_term
 from mmkd.engine.findings import Finding
+from mmkd.engine.resume import plain_model
 from mmkd.ops.gradients import gradient
 from mmkd.registry import HOOKS
 from mmkd.structures import Step
@@ -397,7 +398,7 @@ class FirstStepHook(Hook):
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Look at this step if a term counts that did not before."""
-        model = getattr(runner.model, 'module', runner.model)
+        model = plain_model(runner)
         if not hasattr(model, 'terms'):
             return
         counts = counting(model, position()[1])
@@ -424,7 +425,7 @@ class FirstStepHook(Hook):
         """Let go of the model."""
         if self._watched:
             self._watched = False
-            model = getattr(runner.model, 'module', runner.model)
+            model = plain_model(runner)
             model.__dict__.pop('observer', None)
 
     def _look(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from mmengine.config import Config
 from torch import nn
 
 from mmkd.classes import head_classes
-from mmkd.compat.checkpoint import check_file
+from mmkd.compat.checkpoint import check_file, hash_in_name, sha256_of
 from mmkd.datasets.check import (
     Report,
     check_annotation_file,
@@ -244,7 +242,7 @@ def check_named_hash(path: str | os.PathLike, where: str) -> Finding | None:
     said = hash_in_name(path)
     if said is None:
         return None
-    digest = file_digest(path)
+    digest = sha256_of(path)
     if digest.startswith(said):
         return None
     return Finding(
@@ -255,32 +253,6 @@ def check_named_hash(path: str | os.PathLike, where: str) -> Finding | None:
         f'Type: rm {shlex.quote(str(path))} and fetch it again, or rename it.',
         where,
     )
-
-
-def hash_in_name(path: str | os.PathLike) -> str | None:
-    """The start of a SHA-256 that a file's name ends with.
-
-    A date is none.
-
-    Example:
-        >>> hash_in_name('retinanet_20200130-c2398f9e.pth')
-        'c2398f9e'
-        >>> hash_in_name('retinanet-20200130.pth') is None
-        True
-    """
-    found = re.search(r'-([0-9a-f]{8,64})$', Path(path).stem)
-    if found is None or re.fullmatch(r'(19|20)\d{6}(\d{6})?', found[1]):
-        return None
-    return found[1]
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, without holding it in memory."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_classes(

@@ -21,7 +21,7 @@ from torch import nn
 from mmkd.analysis.checking import check
 from mmkd.analysis.sheet import written
 from mmkd.analysis.teacher_check import Seen, better, confused, evaluate
-from mmkd.engine.preflight import file_digest
+from mmkd.compat.checkpoint import sha256_of
 from mmkd.engine.random_state import capture
 from mmkd.registry import MODELS as OWN
 
@@ -252,7 +252,7 @@ def test_a_teacher_whose_file_was_changed_is_named_by_its_hash(
 ):
     """The zoos' files say in their names how their hash begins."""
     file = folders[0] / 'teacher.pth'
-    right = tmp_path / f'net_20200131-{file_digest(file)[:8]}.pth'
+    right = tmp_path / f'net_20200131-{sha256_of(file)[:8]}.pth'
     shutil.copy(file, right)
     quick = dict(images=0, device='cpu', data=False)
     assert check(training(folders, right), **quick).status(strict=True) == 0
@@ -263,7 +263,7 @@ def test_a_teacher_whose_file_was_changed_is_named_by_its_hash(
     sheet = check(training(folders, right), **quick)
     (warning,) = said(sheet, 'warn')
     assert 'teachers.big.checkpoint: the name' in warning
-    assert file_digest(right)[:8] in warning
+    assert sha256_of(right)[:8] in warning
 
 
 def test_a_teacher_that_is_not_its_file_is_named_tensor_by_tensor(

@@ -1,4 +1,5 @@
 import collections
+import hashlib
 import os
 import pickle
 import shutil
@@ -18,6 +19,8 @@ from mmkd.compat.checkpoint import (
     allow_checkpoints,
     check_file,
     classes_of,
+    hash_in_name,
+    kept_at,
     load_from_url,
     read_checkpoint,
     sha256_of,
@@ -423,3 +426,37 @@ def test_safetensors_need_their_package_or_are_read(tmp_path):
         return
     safetensors.torch.save_file({'w': torch.ones(2)}, path)
     assert read_checkpoint(path)['w'].tolist() == [1, 1]
+
+
+# Hashes in names -------------------------------------------------------------
+
+
+def test_the_digest_is_that_of_the_standard_library(tmp_path):
+    content = bytes(range(256)) * 2**13  # two blocks
+    (tmp_path / 'a').write_bytes(content)
+    expected = hashlib.sha256(content).hexdigest()
+    assert sha256_of(tmp_path / 'a') == expected
+
+
+@pytest.mark.parametrize(
+    ('name', 'said'),
+    [
+        ('retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth', 'c2398f9e'),
+        ('resnet50-0676ba61.pth', '0676ba61'),
+        ('a-20200130.pth', None),
+        ('a-20200130123456.pth', None),
+        ('epoch-12.pth', None),
+        ('best-checkpoint.pth', None),
+    ],
+)
+def test_a_date_is_no_hash(name, said):
+    assert hash_in_name(name) == said
+
+
+def test_a_file_that_is_named_by_a_date_is_fetched(tmp_path, training_file):
+    path = tmp_path / 'detector-20200130.pth'
+    path.write_bytes(training_file.read_bytes())
+    cache = tmp_path / 'cache'
+    assert load_from_url(path.as_uri(), str(cache))['meta']
+    assert kept_at(f'{path.as_uri()}#sha256=00', cache) == cache / path.name
+    assert (cache / path.name).is_file()

@@ -1,18 +1,15 @@
-import hashlib
-
 import pytest
 import runs
 import tiny
 import torch
 
+from mmkd.compat.checkpoint import sha256_of
 from mmkd.engine.preflight import (
     check_classes,
     check_named_hash,
     check_phases,
     check_testing,
     check_training,
-    file_digest,
-    hash_in_name,
     named_weights,
 )
 
@@ -183,37 +180,15 @@ def test_every_named_file_is_found():
 def test_a_file_that_was_changed_is_told_by_its_name(tmp_path, cfg):
     file = tmp_path / 'net.pth'
     torch.save(dict(state_dict=dict(a=torch.ones(1))), file)
-    named = file.rename(tmp_path / f'net-{file_digest(file)[:8]}.pth')
+    named = file.rename(tmp_path / f'net-{sha256_of(file)[:8]}.pth')
     assert check_named_hash(named, 'load_from') is None
     torch.save(dict(state_dict=dict(a=torch.zeros(1))), named)
     found = check_named_hash(named, 'load_from')
     assert found.mark == 'warn'
-    assert f'begins with {file_digest(named)[:8]}' in found.text
+    assert f'begins with {sha256_of(named)[:8]}' in found.text
     # A training says so before it begins, unless it is not to look.
     init = dict(type='Pretrained', checkpoint=str(named))
     cfg.model.backbone.init_cfg = init
     (warning,) = check_training(cfg).warnings
     assert 'backbone.init_cfg.checkpoint: the name' in warning
     assert check_training(cfg, data=False).warnings == []
-
-
-def test_the_digest_is_that_of_the_standard_library(tmp_path):
-    content = bytes(range(256)) * 2**13  # two blocks
-    (tmp_path / 'a').write_bytes(content)
-    expected = hashlib.sha256(content).hexdigest()
-    assert file_digest(tmp_path / 'a') == expected
-
-
-@pytest.mark.parametrize(
-    ('name', 'said'),
-    [
-        ('retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth', 'c2398f9e'),
-        ('resnet50-0676ba61.pth', '0676ba61'),
-        ('a-20200130.pth', None),
-        ('a-20200130123456.pth', None),
-        ('epoch-12.pth', None),
-        ('best-checkpoint.pth', None),
-    ],
-)
-def test_a_date_is_no_hash(name, said):
-    assert hash_in_name(name) == said
