@@ -357,6 +357,7 @@ def _check(options: argparse.Namespace) -> int:
             resume=options.resume,
             cfg_options=options.cfg_options,
             launcher=options.launcher,
+            who='mmkd check',
         )
     except (FileNotFoundError, ValueError) as error:
         _refuse(options, error)
@@ -573,6 +574,7 @@ def training_config(
     resume: str | bool | None = None,
     cfg_options: dict | None = None,
     launcher: str = 'none',
+    who: str = 'mmkd train',
 ) -> Config:
     """A config as the command line changes it.
 
@@ -584,12 +586,13 @@ def training_config(
         resume: A checkpoint, or ``'auto'`` or True for the latest.
         cfg_options: Settings to replace, by dotted name.
         launcher: What started the processes of a distributed run.
+        who: Named in messages.
 
     Raises:
         FileNotFoundError: If there is no such config.
         ValueError: If an option does not fit it.
     """
-    cfg = _config(config, 'mmkd train', cfg_options, work_dir, launcher)
+    cfg = _config(config, who, cfg_options, work_dir, launcher)
     if amp:
         _set_mixed_precision(cfg)
     if auto_scale_lr:

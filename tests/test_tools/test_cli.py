@@ -203,7 +203,9 @@ def test_a_check_tells_failures_from_warnings_by_its_status(
 
 def test_a_check_of_a_config_that_is_not_there_fails(config, capsys):
     assert check(config.with_name('studnet.py')) == 2
-    assert "Did you mean '" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert 'mmkd check has no config' in said
+    assert "Did you mean '" in said
     assert check(config, '--print-config') == 2
     assert 'Name its config: --teacher' not in capsys.readouterr().out
 
