@@ -19,6 +19,7 @@ import copy
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import (
     ExitStack,
@@ -327,11 +328,19 @@ def _train(options: argparse.Namespace) -> int:
         report = check_training(config, data=_looks_at_data(options))
     except (FileNotFoundError, ValueError) as error:
         return _refuse(options, error)
-    trainer = _build(config)
+    try:
+        trainer = _build(config)
+    except (FileNotFoundError, ValueError) as error:
+        if not _is_worded_here(error):
+            raise
+        return _refuse(options, error)
     for warning in report.warnings:
         trainer.logger.warning(warning)
     try:
-        _check_classes(trainer, config, report)
+        try:
+            _check_classes(trainer, config, report)
+        except ValueError as error:
+            return _refuse(options, error)
         if not options.no_check:
             _watch_first_steps(trainer)
         trainer.train()
@@ -482,7 +491,12 @@ def _test(options: argparse.Namespace) -> int:
         report = check_testing(config, data=_looks_at_data(options))
     except (FileNotFoundError, ValueError) as error:
         return _refuse(options, error)
-    trainer = _build(config)
+    try:
+        trainer = _build(config)
+    except (FileNotFoundError, ValueError) as error:
+        if not _is_worded_here(error):
+            raise
+        return _refuse(options, error)
     for warning in report.warnings:
         trainer.logger.warning(warning)
     if options.out:
@@ -539,6 +553,17 @@ def _is_first_process() -> bool:
 def _refuse(options: argparse.Namespace, error: Exception) -> int:
     print(f'{options.command}\n{error}', file=sys.stderr)
     return 1
+
+
+def _is_worded_here(error: BaseException) -> bool:
+    """Whether mmkd raised it, though a registry may have wrapped it.
+
+    It says what to type then. What nobody foresaw keeps its traceback.
+    """
+    while error.__context__ is not None and not error.__suppress_context__:
+        error = error.__context__
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get('__name__', '').startswith('mmkd.')
 
 
 def _say_how_to_go_on(options: argparse.Namespace, stopped: Any) -> int:

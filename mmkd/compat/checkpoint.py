@@ -47,6 +47,7 @@ __all__ = [
     'read_checkpoint',
     'sha256_of',
     'state_dict_of',
+    'trusted_files',
     'trusting',
 ]
 
@@ -309,6 +310,18 @@ def trusting(*files: str | Path) -> Iterator[None]:
     finally:
         _TRUSTED.reset(trusted)
         _NEEDED.reset(needed)
+
+
+def trusted_files() -> list[str]:
+    """Files that :func:`trusting` names here, for a process to be started.
+
+    They are to be named on its command line; whether it needs the trust, it
+    says itself.
+    """
+    named = _TRUSTED.get()
+    if named:
+        _NEEDED.get().update(named)
+    return [str(path) for path in named]
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:

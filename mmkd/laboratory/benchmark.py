@@ -47,6 +47,7 @@ from mmkd.analysis.cost import quiet
 from mmkd.analysis.statistics import percentile_interval
 from mmkd.checks import check_positive
 from mmkd.classes import head_classes
+from mmkd.compat.checkpoint import add_trust_option, trusting
 from mmkd.configs import read_config, student_config
 from mmkd.distillers.distiller import Distilling
 from mmkd.files import whole
@@ -721,20 +722,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        for name, config in _configs(options):
-            found = measure(config, settings, name)
-            print(report(found), flush=True)
-            with whole(options.out / f'{name}.json') as part:
-                part.write_text(json.dumps(found.as_dict(), indent=1) + '\n')
-            if options.page:
-                with whole(options.page) as part:
-                    part.write_text(page(options.out))
-            if options.trace:
-                trace(config, settings, options.out / f'{name}.trace.json')
+        with trusting(*options.trust_checkpoint):
+            _measure_all(options, settings)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
-        return 2
+        return 1
     return 0
+
+
+def _measure_all(options: argparse.Namespace, settings: Settings) -> None:
+    for name, config in _configs(options):
+        found = measure(config, settings, name)
+        print(report(found), flush=True)
+        with whole(options.out / f'{name}.json') as part:
+            part.write_text(json.dumps(found.as_dict(), indent=1) + '\n')
+        if options.page:
+            with whole(options.page) as part:
+                part.write_text(page(options.out))
+        if options.trace:
+            trace(config, settings, options.out / f'{name}.trace.json')
 
 
 def _configs(options: argparse.Namespace) -> Iterator[tuple[str, Config]]:
@@ -817,6 +823,7 @@ def _parser() -> argparse.ArgumentParser:
         action='store_true',
         help='teachers without their checkpoints, and no downloads',
     )
+    add_trust_option(parser)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, default=FOLDER)
     parser.add_argument(

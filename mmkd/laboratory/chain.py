@@ -30,6 +30,7 @@ from mmengine.registry import init_default_scope
 from mmkd.analysis.average_precision import ImageMatches
 from mmkd.analysis.cost import parameters, quiet
 from mmkd.checks import check_positive
+from mmkd.compat.checkpoint import add_trust_option, trusting
 from mmkd.configs import OPTIONAL_KEYS, OWN_KEYS, read_config, student_config
 from mmkd.laboratory.compare import sole_user
 from mmkd.laboratory.digests import code_digest, data_digest, file_digest
@@ -61,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter('ignore')
     os.environ.setdefault('PYTHONWARNINGS', 'ignore')
     try:
-        with sole_user(options.work_dir):
+        with (
+            sole_user(options.work_dir),
+            trusting(*options.trust_checkpoint),
+        ):
             chain = Chain(
                 Model(options.teacher),
                 options.checkpoint,
@@ -133,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--jobs', type=int, default=1)
     parser.add_argument('--work-dir', type=Path, default=FOLDER)
+    add_trust_option(parser)
     return parser
 
 

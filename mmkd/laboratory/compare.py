@@ -25,6 +25,7 @@ from mmengine.registry import init_default_scope
 from mmkd.analysis.cost import gflops, parameters, quiet
 from mmkd.analysis.report import diff, write_report
 from mmkd.checks import check_name, suggest
+from mmkd.compat.checkpoint import add_trust_option, trusting
 from mmkd.configs import read_config, student_config
 from mmkd.files import whole
 from mmkd.laboratory import arms as build
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = _repeatable(arguments or sys.argv[1:])
         command = shlex.join(['python', 'tools/compare.py', *words])
         folder = Path(options.work_dir or setting.folder)
-        with sole_user(folder):
+        with sole_user(folder), trusting(*options.trust_checkpoint):
             comparison = Comparison(setting, folder, options, command)
             comparison.run()
             files = comparison.report()
@@ -213,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         help='also put the numbers into docs/results/NAME.json, from which '
         'docs/results.md is made',
     )
+    add_trust_option(parser)
     parser.add_argument(
         '--diff',
         nargs=2,

@@ -22,6 +22,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 
 from mmkd.analysis.curves import ap_history
+from mmkd.compat.checkpoint import trusted_files
 from mmkd.files import whole
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -132,6 +133,8 @@ class Run:
             words += ['--work-dir', str(folder)]
             prefix = str(self.predictions).removesuffix('.bbox.json')
             options.append(f'test_evaluator.outfile_prefix={prefix}')
+        for file in trusted_files():
+            words += ['--trust-checkpoint', file]
         if options:
             words += ['--cfg-options', *options]
         environment = dict(

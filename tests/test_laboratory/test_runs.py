@@ -1,9 +1,12 @@
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from mmkd.compat.checkpoint import trusting
 from mmkd.laboratory import runs
 from mmkd.laboratory.runs import DONE, FAILED, MISSING, TIMED_OUT, Run
 
@@ -42,6 +45,18 @@ def write_log(run, *lines):
 
 def test_before_the_first_log_the_guess_tells_the_time(run):
     assert run.position() == (0, 0.5 * run.iterations)
+
+
+def test_what_is_started_trusts_the_same_files(run, tmp_path, monkeypatch):
+    legacy = tmp_path / 'old.pth'
+    torch.save(dict(weight=torch.ones(1)), legacy)
+    words(monkeypatch, 'import sys; print(sys.argv)')
+    with trusting(legacy):
+        run.start()
+    while run.poll():
+        time.sleep(0.01)
+    said = (run.folder / 'output.txt').read_text()
+    assert f"'--resume', '--trust-checkpoint', '{legacy}']" in said
 
 
 def test_position_follows_the_log_and_its_unfinished_line(run):

@@ -16,6 +16,7 @@ import torch
 from mmengine.config import Config
 
 from mmkd.cli import evaluation_config, main, training_config
+from mmkd.engine.finite import FiniteLossHook
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,6 +154,27 @@ def test_a_refused_start_writes_nothing(option, complaint, config, capsys):
         error = str(raised)
     assert complaint in error
     assert not work.exists()
+
+
+def test_what_mmkd_says_of_a_component_needs_no_traceback(config, capsys):
+    cfg = Config.fromfile(config)
+    cfg.custom_hooks = [dict(type='mmkd.FiniteLossHook', policy='leap')]
+    cfg.dump(config)
+    assert train(config, '--work-dir', config.parent / 'run') == 1
+    said = capsys.readouterr().err
+    assert said.endswith(
+        "\nFiniteLossHook has no policy 'leap'. It has 'stop', 'skip'.\n"
+    )
+    assert not (config.parent / 'run').exists()
+
+
+def test_what_others_raise_keeps_its_traceback(config, monkeypatch):
+    def fail(self):
+        raise ValueError('of nobody here')
+
+    monkeypatch.setattr(FiniteLossHook, '__init__', fail)
+    with pytest.raises(ValueError, match='of nobody here'):
+        train(config)
 
 
 def test_a_missing_checkpoint_is_one_clear_error(config, capsys):

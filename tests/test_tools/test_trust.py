@@ -12,8 +12,16 @@ import mmkd.analysis.hypotheses
 import mmkd.analysis.predicting
 import mmkd.cli
 import mmkd.detectors.peer_ensemble
-from mmkd.compat.checkpoint import CheckpointError, read_checkpoint
+import mmkd.laboratory.benchmark
+import mmkd.laboratory.chain
+import mmkd.laboratory.compare
+from mmkd.compat.checkpoint import (
+    CheckpointError,
+    read_checkpoint,
+    trusted_files,
+)
 
+MODEL = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 #: What a command does in the end, and how it is typed.
 COMMANDS = {
     'mmkd test': (mmkd.cli, '_test', 'test a.py {file}'),
@@ -44,6 +52,24 @@ COMMANDS = {
         mmkd.detectors.peer_ensemble,
         'export_peer',
         '{file} {file}.out',
+    ),
+    'benchmark.py': (
+        mmkd.laboratory.benchmark,
+        '_measure_all',
+        'a.py --out {file}.out',
+    ),
+}
+#: Those that start other commands, which read the files.
+STARTERS = {
+    'compare.py': (
+        mmkd.laboratory.compare,
+        'Comparison',
+        'configs/laboratory/shapes/quick.py',
+    ),
+    'chain.py': (
+        mmkd.laboratory.chain,
+        'Chain',
+        f'{MODEL} {{file}} {MODEL} --chain {MODEL}',
     ),
 }
 
@@ -95,3 +121,24 @@ def test_a_command_says_that_there_is_nothing_to_trust(
     assert command('--trust-checkpoint', str(tmp_path / 'no.pth')) == 1
     said = capsys.readouterr().err
     assert '--trust-checkpoint expected a checkpoint' in said
+
+
+@pytest.mark.parametrize('name', STARTERS)
+def test_a_command_that_starts_others_hands_its_trust_on(
+    name, legacy, tmp_path, monkeypatch, capsys
+):
+    module, worker, words = STARTERS[name]
+    handed = []
+
+    def start(*arguments, **settings):
+        handed.extend(trusted_files())
+        raise ValueError('seen enough')
+
+    monkeypatch.setattr(module, worker, start)
+    words = [*words.format(file=legacy).split(), '--work-dir', str(tmp_path)]
+    assert module.main([*words, '--trust-checkpoint', str(legacy)]) == 1
+    assert handed == [str(legacy)]
+    said = capsys.readouterr().err
+    assert 'seen enough' in said
+    assert 'needed no trust' not in said  # those that it starts know
+    assert trusted_files() == []
