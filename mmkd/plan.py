@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,9 +22,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from mmkd.analysis.cost import multiply_accumulates
 from mmkd.analysis.sheet import columns
 from mmkd.checks import check_name, check_positive
 from mmkd.classes import by_name, with_classes
@@ -559,13 +558,17 @@ def _arithmetic(model: nn.Module, side: int) -> tuple[int, int, int]:
         raise RuntimeError(broken)
     teacher = model.teachers[TEACHER]
     try:
-        student = _work(lambda: run_detector(model, images, samples))
+        student = multiply_accumulates(
+            lambda: run_detector(model, images, samples)
+        )
     except Exception as error:  # its own trouble, as where it finds nothing
         raise RuntimeError(str(error)) from error
     return (
         student,
-        _work(lambda: teacher.run(images, samples, teacher.pixels)),
-        _work(
+        multiply_accumulates(
+            lambda: teacher.run(images, samples, teacher.pixels)
+        ),
+        multiply_accumulates(
             lambda: [
                 term(step)
                 for term in model.terms.values()
@@ -577,28 +580,3 @@ def _arithmetic(model: nn.Module, side: int) -> tuple[int, int, int]:
 
 def _size(module: nn.Module) -> int:
     return sum(one.numel() for one in module.parameters())
-
-
-class _Counter(TorchDispatchMode):
-    """Counts multiply-accumulates; torch's own asks modules for gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
-    ) -> Any:
-        output = function(*args, **(kwargs or {}))
-        count = flop_registry.get(function._overloadpacket)
-        if count is not None:
-            flops = count(*args, **(kwargs or {}), out_val=output)
-            self.total += flops // 2
-        return output
-
-
-def _work(run: Callable[[], Any]) -> int:
-    """Multiply-accumulates of matrix products and convolutions."""
-    with _Counter() as counter:
-        run()
-    return counter.total

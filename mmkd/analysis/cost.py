@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.analysis import get_model_complexity_info
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from mmkd.compat.checkpoint import TERM_PREFIX
 
@@ -48,6 +51,36 @@ def gflops(detector: nn.Module, size: tuple[int, int]) -> float:
             show_arch=False,
         )
     return counted['flops'] / 1e9
+
+
+class _Counter(TorchDispatchMode):
+    """Counts multiply-accumulates; torch's own asks modules for gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        count = flop_registry.get(function._overloadpacket)
+        if count is not None:
+            flops = count(*args, **(kwargs or {}), out_val=output)
+            self.total += flops // 2
+        return output
+
+
+def multiply_accumulates(run: Callable[[], Any]) -> int:
+    """Those of matrix products and convolutions, forward and backward.
+
+    Example:
+        >>> multiply_accumulates(lambda: torch.ones(2, 3) @ torch.ones(3, 5))
+        30
+    """
+    with _Counter() as counter:
+        run()
+    return counter.total
 
 
 @contextmanager

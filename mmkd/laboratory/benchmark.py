@@ -10,8 +10,9 @@ round, so that a machine that slows down slows all of them:
 - *teacher*: the teacher's forward pass alone;
 - *full*: the training as its config says.
 
-*Floor* is plain and teacher together, and what *full* takes beyond it is what
-mmkd costs. Each term is timed by itself as well, forward and backward, on
+*Floor* is plain and teacher together, and the terms' own convolutions and
+matrix products at the pace of the student's; what *full* takes beyond it is
+what mmkd costs. Each term is timed by itself as well, forward and backward, on
 outputs that are there already.
 """
 
@@ -43,7 +44,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from mmkd.analysis.cost import quiet
+from mmkd.analysis.cost import multiply_accumulates, quiet
 from mmkd.analysis.statistics import percentile_interval
 from mmkd.checks import check_positive
 from mmkd.classes import head_classes
@@ -125,6 +126,8 @@ class Timing:
         terms: Of each term's forward and backward pass, by block.
         memory: MiB by arm: on a GPU at the peak of a step, above what stays;
             saved for the backward pass elsewhere.
+        work: Multiply-accumulates, forward and backward, of ``'plain'`` and
+            of ``'terms'``.
         facts: What was run where.
     """
 
@@ -132,6 +135,7 @@ class Timing:
     seconds: Mapping[str, list[float]]
     terms: Mapping[str, list[float]]
     memory: Mapping[str, float]
+    work: Mapping[str, int]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def median(self, arm: str) -> float:
@@ -139,23 +143,41 @@ class Timing:
         return 1000 * statistics.median(self.seconds[arm])
 
     @property
-    def floor(self) -> float:
-        """Plain and teacher together, relative to plain."""
-        return (self.median('plain') + self.median('teacher')) / self.median(
-            'plain'
-        )
+    def own(self) -> float:
+        """The terms' convolutions and products, relative to plain's."""
+        return self.work['terms'] / self.work['plain']
 
-    def ratio(self, over: Sequence[str] = ('plain',)) -> tuple[float, ...]:
-        """Full relative to other arms together: estimate, low and high.
+    @property
+    def floor(self) -> float:
+        """Plain, teacher and what the terms multiply, relative to plain."""
+        both = self.median('plain') + self.median('teacher')
+        return both / self.median('plain') + self.own
+
+    def of_plain(self) -> tuple[float, float, float]:
+        """Full relative to plain: estimate, low and high.
 
         The interval is that of a bootstrap over rounds: all arms of a round
         are drawn together.
         """
+        return self._ratio(lambda taken: taken['plain'])
+
+    def of_floor(self) -> tuple[float, float, float]:
+        """Full relative to the floor, in the same way."""
+        return self._ratio(
+            lambda taken: taken['plain'] * (1 + self.own) + taken['teacher']
+        )
+
+    def _ratio(
+        self, base: Callable[[Mapping[str, float]], float]
+    ) -> tuple[float, float, float]:
         taken = {name: np.array(one) for name, one in self.seconds.items()}
 
         def of(rows: Any) -> float:
-            base = sum(np.median(taken[name][rows]) for name in over)
-            return float(np.median(taken['full'][rows]) / base)
+            medians = {
+                name: float(np.median(one[rows]))
+                for name, one in taken.items()
+            }
+            return medians['full'] / base(medians)
 
         count = len(taken['full'])
         dice = np.random.default_rng(0)
@@ -235,9 +257,12 @@ def _measure(config: Config, settings: Settings, name: str) -> Timing:
         arm: _memory(arms[arm], batches[0], settings.device)
         for arm in ('plain', 'null', 'full')
     }
-    return Timing(
-        name, seconds, of_terms, memory, _facts(settings, batches, arms)
+    work = dict(
+        plain=arms['plain'].work(batches[0]),
+        terms=terms.work(batches[0]),
     )
+    facts = _facts(settings, batches, arms)
+    return Timing(name, seconds, of_terms, memory, work, facts)
 
 
 # ---------------------------------------------------------------------- arms
@@ -267,6 +292,19 @@ class Arm:
         """A batch as the model's losses take it."""
         data = self.model.data_preprocessor(batch, True)
         return data['inputs'], data['data_samples']
+
+    def work(self, batch: Any) -> int:
+        """Multiply-accumulates of a step, forward and backward."""
+        images, samples = self.shown(batch)
+
+        def take() -> None:
+            with self.precision:
+                losses = self.model.loss(images, samples)
+            self.model.parse_losses(losses)[0].backward()
+
+        found = multiply_accumulates(take)
+        self.model.zero_grad(set_to_none=True)
+        return found
 
     @property
     def precision(self) -> Any:
@@ -346,31 +384,42 @@ class _Terms:
 
     def __call__(self, batches: Sequence[Any]) -> dict[str, float]:
         """Seconds a step by term."""
-        model = self.arm.model
         spans: dict[str, list[Callable[[], float]]] = {}
         for batch in batches:
-            images, samples = self.arm.shown(batch)
-            with self.arm.precision:
-                paths = model._student_paths(list(model.terms))
-                with (
-                    counting(model) as copies,
-                    recording(model, paths) as record,
-                ):
-                    losses = super(Distilling, model).loss(images, samples)
-                step = model._step(
-                    _cut(record), images, samples, copies, losses=dict(losses)
-                )
-                for name in model.teachers:
-                    step.teacher(name)
-                for name, term in model.terms.items():
+            with self._step(batch) as step:
+                for name, term in self.arm.model.terms.items():
                     with self.clock.span() as span:
                         _once(term, step)
                     spans.setdefault(name, []).append(span)
-            model.zero_grad(set_to_none=True)
         return {
             name: sum(span() for span in each) / len(batches)
             for name, each in spans.items()
         }
+
+    def work(self, batch: Any) -> int:
+        """Multiply-accumulates a step, of all terms."""
+        with self._step(batch) as step:
+            return sum(
+                multiply_accumulates(partial(_once, term, step))
+                for term in self.arm.model.terms.values()
+            )
+
+    @contextmanager
+    def _step(self, batch: Any) -> Iterator[Any]:
+        """What the terms see of a step, all models having run."""
+        model = self.arm.model
+        images, samples = self.arm.shown(batch)
+        with self.arm.precision:
+            paths = model._student_paths(list(model.terms))
+            with counting(model) as copies, recording(model, paths) as record:
+                losses = super(Distilling, model).loss(images, samples)
+            step = model._step(
+                _cut(record), images, samples, copies, losses=dict(losses)
+            )
+            for name in model.teachers:
+                step.teacher(name)
+            yield step
+        model.zero_grad(set_to_none=True)
 
 
 def _once(term: nn.Module, step: Any) -> None:
@@ -580,8 +629,8 @@ def _device(device: str) -> str:
 def report(timing: Timing) -> str:
     """What was measured, in lines."""
     plain = timing.median('plain')
-    ratio, low, high = timing.ratio()
-    over, *ends = timing.ratio(('plain', 'teacher'))
+    ratio, low, high = timing.of_plain()
+    over, *ends = timing.of_floor()
     facts = timing.facts
     kind = facts['memory']
     lines = [
@@ -611,8 +660,10 @@ def report(timing: Timing) -> str:
             f'  A step takes {ratio:.3f} times the student’s own '
             f'(95 %: {low:.3f} to {high:.3f}); the floor is '
             f'{timing.floor:.3f}.',
-            f'  That is {over:.3f} times student and teacher together '
-            f'({ends[0]:.3f} to {ends[1]:.3f}).',
+            f'  That is {over:.3f} times the floor '
+            f'({ends[0]:.3f} to {ends[1]:.3f}): student, teacher, and '
+            f'{100 * timing.own:.1f} % of the student’s multiplications for '
+            f'the terms.',
         ]
     )
 
@@ -626,10 +677,12 @@ Written by `tools/benchmark.py --page`, from the measurements in
 
 *Plain* is the student without mmkd, *null* what a distiller adds of which
 nothing counts, *teacher* its forward pass as far as the terms ask, *full* the
-training as its config says. The *floor* is plain and teacher together; no
-training that shows each batch to its teacher can be faster. Medians over
-blocks in which the four take turns in an order drawn anew, on the same
-batches; in brackets the 95 % interval of a bootstrap over blocks.
+training as its config says. The *floor* is plain and teacher together, and
+what the terms convolve and multiply themselves (adapters, generators,
+affinities), at the pace of the student's own multiplications; no training that
+shows each batch to its teacher can be much faster. Medians over blocks in
+which the four take turns in an order drawn anew, on the same batches; in
+brackets the 95 % interval of a bootstrap over blocks.
 """
 COLUMNS = (
     'config',
@@ -639,6 +692,7 @@ COLUMNS = (
     'teacher, ms',
     'full, ms',
     'full of plain',
+    'terms’ own, %',
     'floor',
     'full of floor',
     'MiB, plain and full',
@@ -681,8 +735,8 @@ def _circumstances(facts: Mapping[str, Any]) -> str:
 
 def row(one: Timing) -> str:
     """A line of the table."""
-    ratio, low, high = one.ratio()
-    over, *_ = one.ratio(('plain', 'teacher'))
+    ratio, low, high = one.of_plain()
+    over, least, most = one.of_floor()
     facts, plain = one.facts, one.median('plain')
     cells = [
         one.config,
@@ -693,8 +747,9 @@ def row(one: Timing) -> str:
         f'{one.median("teacher"):.0f}',
         f'{one.median("full"):.0f}',
         f'{ratio:.2f} ({low:.2f} to {high:.2f})',
+        f'{100 * one.own:.1f}',
         f'{one.floor:.2f}',
-        f'{over:.2f}',
+        f'{over:.2f} ({least:.2f} to {most:.2f})',
         f'{one.memory["plain"]:.0f}, {one.memory["full"]:.0f}',
     ]
     return f'| {" | ".join(cells)} |'

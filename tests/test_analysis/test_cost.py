@@ -2,7 +2,12 @@ import pytest
 import tiny
 import torch
 
-from mmkd.analysis.cost import gflops, latency, parameters
+from mmkd.analysis.cost import (
+    gflops,
+    latency,
+    multiply_accumulates,
+    parameters,
+)
 
 
 class Layer(torch.nn.Module):
@@ -19,6 +24,16 @@ def test_arithmetic_of_one_convolution_is_its_formula():
     assert gflops(Layer(), (10, 20)) == pytest.approx(
         9 * 3 * 4 * 10 * 20 / 1e9
     )
+
+
+def test_a_convolution_takes_as_much_again_for_each_gradient():
+    layer = torch.nn.Conv2d(3, 5, 3, padding=1, bias=False)
+    images = torch.zeros(1, 3, 8, 8)
+    # Each of 8 x 8 cells of 5 channels sums 3 channels of 3 x 3.
+    assert multiply_accumulates(lambda: layer(images)) == 64 * 5 * 27
+    images.requires_grad_()
+    both = multiply_accumulates(lambda: layer(images).sum().backward())
+    assert both == 3 * 64 * 5 * 27
 
 
 def test_weights_of_terms_are_not_deployed(teachers, terms):

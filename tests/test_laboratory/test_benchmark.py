@@ -66,9 +66,8 @@ def config(data, tmp_path):
 
 
 def timing(**seconds):
-    return Timing(
-        'one', seconds, dict(pkd=[0.5]), dict(plain=1, full=2), FACTS
-    )
+    memory, work = dict(plain=1, full=2), dict(plain=1000, terms=100)
+    return Timing('one', seconds, dict(pkd=[0.5]), memory, work, FACTS)
 
 
 # What is made of the times ---------------------------------------------------
@@ -82,16 +81,17 @@ def test_ratios_by_hand():
         full=[3.0, 3.0, 30.0],
     )
     assert one.median('plain') == 2000
-    assert one.floor == pytest.approx(2.5 / 2)
-    assert one.ratio()[0] == pytest.approx(3 / 2)
-    assert one.ratio(('plain', 'teacher'))[0] == pytest.approx(3 / 2.5)
+    assert one.floor == pytest.approx((2.5 + 0.1 * 2) / 2)
+    assert one.of_plain()[0] == pytest.approx(3 / 2)
+    assert one.of_floor()[0] == pytest.approx(3 / 2.7)
 
 
 def test_times_without_spread_have_no_interval():
     one = timing(
         plain=[1.0] * 5, null=[1.0] * 5, teacher=[0.5] * 5, full=[1.5] * 5
     )
-    assert one.ratio() == pytest.approx((1.5, 1.5, 1.5))
+    assert one.of_plain() == pytest.approx((1.5, 1.5, 1.5))
+    assert one.of_floor() == pytest.approx((1.5 / 1.6,) * 3)
 
 
 def test_rounds_are_drawn_as_a_whole():
@@ -103,7 +103,8 @@ def test_rounds_are_drawn_as_a_whole():
         teacher=pace,
         full=[3 * x for x in pace],
     )
-    assert one.ratio() == pytest.approx((3.0, 3.0, 3.0))
+    assert one.of_plain() == pytest.approx((3.0, 3.0, 3.0))
+    assert one.of_floor() == pytest.approx((3 / 2.1,) * 3)
 
 
 def test_the_page_is_written_from_what_was_kept(tmp_path):
@@ -118,8 +119,9 @@ def test_the_page_is_written_from_what_was_kept(tmp_path):
         '500',
         '3000',
         '1.50 (1.50 to 1.50)',
-        '1.25',
-        '1.20',
+        '10.0',
+        '1.35',
+        '1.11 (1.11 to 1.11)',
         '1, 2',
     ]
     assert 'A machine, 1 threads' in page(tmp_path)
@@ -157,6 +159,8 @@ def test_all_four_take_turns_on_the_same_batches(config, monkeypatch):
     assert all(one > 0 for each in found.seconds.values() for one in each)
     assert list(found.terms) == ['pkd']
     assert found.facts['boxes'] > 0
+    assert found.work['plain'] > 10**6
+    assert found.work['terms'] == 0
 
 
 def test_null_is_a_distiller_of_which_nothing_counts(config):
@@ -243,6 +247,28 @@ def test_a_term_s_gradient_ends_at_the_taps(config):
     assert taken['pkd'] > 0
     assert all(one.grad.abs().sum() > 0 for one in seen)
     assert all(one.grad is None for one in arm.model.parameters())
+
+
+@pytest.mark.parametrize('align', [None, 'mmkd.ConvAdapt'])
+def test_what_a_term_multiplies_is_that_of_its_own_layers(config, align):
+    """A 1 x 1 convolution: once forward, twice backward."""
+    width = config.model.neck.out_channels
+    if align:
+        config.model.terms.pkd.align = dict(
+            type=align,
+            in_channels=width,
+            out_channels=width,
+            num_levels=config.model.neck.num_outs,
+        )
+    settings = Settings(
+        batches=1, batch_size=2, random_weights=True, boxes=2.0, size=(64, 96)
+    )
+    batches = benchmark._load(config, settings)
+    full = benchmark._arms(config, settings)['full']
+    found = benchmark._Terms(full, benchmark.Clock('cpu')).work(batches[0])
+    images, _ = full.shown(batches[0])
+    cells = sum(one[0, 0].numel() for one in full.model.extract_feat(images))
+    assert found == (3 * 2 * cells * width**2 if align else 0)
 
 
 def test_what_a_layer_keeps_is_counted_by_hand():
