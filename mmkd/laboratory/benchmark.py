@@ -189,13 +189,16 @@ class Timing:
         return asdict(self)
 
 
-def measure(config: Config, settings: Settings, name: str = '') -> Timing:
+def measure(
+    config: Config, settings: Settings, name: str = '', **about: Any
+) -> Timing:
     """Time a distillation config.
 
     Args:
         config: A training config whose model is a ``mmkd.Distiller``.
         settings: How.
         name: Of the config, for the report.
+        **about: More for its ``facts``.
 
     Raises:
         ValueError: If it has no teachers.
@@ -213,12 +216,14 @@ def measure(config: Config, settings: Settings, name: str = '') -> Timing:
     torch.set_num_threads(settings.threads)
     try:
         with preserved(settings.seed), quiet(), _no_collection():
-            return _measure(config, settings, name)
+            return _measure(config, settings, name, about)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(config: Config, settings: Settings, name: str) -> Timing:
+def _measure(
+    config: Config, settings: Settings, name: str, about: Mapping[str, Any]
+) -> Timing:
     init_default_scope(config.get('default_scope', 'mmdet'))
     batches = _load(config, settings)
     arms = _arms(config, settings)
@@ -261,7 +266,7 @@ def _measure(config: Config, settings: Settings, name: str) -> Timing:
         plain=arms['plain'].work(batches[0]),
         terms=terms.work(batches[0]),
     )
-    facts = _facts(settings, batches, arms)
+    facts = dict(about, **_facts(settings, batches, arms))
     return Timing(name, seconds, of_terms, memory, work, facts)
 
 
@@ -684,8 +689,9 @@ shows each batch to its teacher can be much faster. Medians over blocks in
 which the four take turns in an order drawn anew, on the same batches; in
 brackets the 95 % interval of a bootstrap over blocks.
 """
+#: Between them stand the tables of a page; what is around them may be edited.
+MARKERS = ('<!-- timings:begin -->', '<!-- timings:end -->')
 COLUMNS = (
-    'config',
     'image, batch, boxes',
     'plain, ms',
     'null, ms more',
@@ -699,26 +705,48 @@ COLUMNS = (
 )
 
 
-def page(folder: Path) -> str:
-    """The measurements of a folder as a page, by machine and versions."""
-    groups: dict[str, list[Timing]] = {}
-    for path in sorted(folder.glob('*.json')):
-        one = Timing(**read_json(path, 'benchmark', 'a timing', kind=dict))
-        groups.setdefault(_circumstances(one.facts), []).append(one)
-    parts = [HEAD]
-    for title, timings in groups.items():
+def page(folder: Path, path: Path | None = None) -> str:
+    """The measurements of a folder as a page, by machine, versions and pair.
+
+    Args:
+        folder: Of the measurements.
+        path: The page as it is; its own text is kept.
+    """
+    groups: dict[tuple[str, str], list[Timing]] = {}
+    for file in sorted(folder.glob('*.json')):
+        one = Timing(**read_json(file, 'benchmark', 'a timing', kind=dict))
+        title = _circumstances(one.facts), _pair(one.facts)
+        groups.setdefault(title, []).append(one)
+    parts, before = [], ''
+    for (where, pair), timings in groups.items():
+        if where != before:
+            parts.append(f'{where}\n')
+        before = where
+        first = 'method' if pair else 'config'
         parts.append(
             '\n'.join(
                 [
-                    f'{title}\n',
-                    f'| {" | ".join(COLUMNS)} |',
-                    f'|{"---|" * len(COLUMNS)}',
+                    *([f'{pair}\n'] if pair else []),
+                    f'| {" | ".join((first, *COLUMNS))} |',
+                    f'|{"---|" * (len(COLUMNS) + 1)}',
                     *map(row, timings),
                     '',
                 ]
             )
         )
-    return '\n'.join(parts)
+    begin, end = MARKERS
+    head, tail = f'{HEAD}\n{begin}\n', f'{end}\n'
+    text = path.read_text(encoding='utf-8') if path and path.exists() else ''
+    if begin in text and end in text:
+        head = text[: text.index(begin)] + f'{begin}\n'
+        tail = text[text.index(end) :]
+    return '\n'.join([head, *parts, tail])
+
+
+def _pair(facts: Mapping[str, Any]) -> str:
+    if 'plan' not in facts:
+        return ''
+    return '**{student}**, taught by **{teacher}**:'.format(**facts['plan'])
 
 
 def _circumstances(facts: Mapping[str, Any]) -> str:
@@ -739,7 +767,7 @@ def row(one: Timing) -> str:
     over, least, most = one.of_floor()
     facts, plain = one.facts, one.median('plain')
     cells = [
-        one.config,
+        facts.get('plan', dict(method=one.config))['method'],
         f'{facts["image"][0]} x {facts["image"][1]}, {facts["batch"]}, '
         f'{facts["boxes"]:.0f}',
         f'{plain:.0f}',
@@ -786,20 +814,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure_all(options: argparse.Namespace, settings: Settings) -> None:
-    for name, config in _configs(options):
-        found = measure(config, settings, name)
+    for name, config, about in _configs(options):
+        found = measure(config, settings, name, **about)
         print(report(found), flush=True)
         with whole(options.out / f'{name}.json') as part:
             part.write_text(json.dumps(found.as_dict(), indent=1) + '\n')
         if options.page:
+            text = page(options.out, options.page)
             with whole(options.page) as part:
-                part.write_text(page(options.out))
+                part.write_text(text, encoding='utf-8')
         if options.trace:
             trace(config, settings, options.out / f'{name}.trace.json')
 
 
-def _configs(options: argparse.Namespace) -> Iterator[tuple[str, Config]]:
-    """Names and configs to time: those given, or plans for them."""
+def _configs(
+    options: argparse.Namespace,
+) -> Iterator[tuple[str, Config, dict[str, Any]]]:
+    """Names, configs, and what they are: those given, or plans for them."""
     if options.teacher is None:
         if options.teacher_checkpoint or options.methods:
             raise ValueError(
@@ -808,16 +839,19 @@ def _configs(options: argparse.Namespace) -> Iterator[tuple[str, Config]]:
                 '--teacher mmdet::folder/file.py'
             )
         for path in options.configs:
-            yield Path(path).stem, read_config(path, 'benchmark')
+            yield Path(path).stem, read_config(path, 'benchmark'), {}
         return
+    teacher = Path(options.teacher).stem
     for path in options.configs:
-        pair = f'{Path(path).stem}-from-{Path(options.teacher).stem}'
+        student = Path(path).stem
         for method in options.methods or [DEFAULT]:
             with quiet():
                 planned = plan(
                     path, options.teacher, options.teacher_checkpoint, method
                 )
-            yield f'{pair}_{method}', planned.config
+            about = dict(student=student, teacher=teacher, method=method)
+            name = f'{student}-from-{teacher}_{method}'
+            yield name, planned.config, dict(plan=about)
 
 
 def trace(config: Config, settings: Settings, path: Path) -> None:
@@ -882,7 +916,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, default=FOLDER)
     parser.add_argument(
-        '--page', type=Path, help='table of all measurements in --out'
+        '--page',
+        type=Path,
+        help='table of all measurements in --out, in a page whose other text '
+        'is kept',
     )
     parser.add_argument(
         '--trace', action='store_true', help='write a step of torch.profiler'

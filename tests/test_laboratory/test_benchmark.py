@@ -110,7 +110,7 @@ def test_rounds_are_drawn_as_a_whole():
 def test_the_page_is_written_from_what_was_kept(tmp_path):
     one = timing(plain=[2.0], null=[2.01], teacher=[0.5], full=[3.0])
     (tmp_path / 'one.json').write_text(json.dumps(one.as_dict()))
-    line = page(tmp_path).splitlines()[-1]
+    (line,) = (x for x in page(tmp_path).splitlines() if '64 x 64' in x)
     assert [x.strip() for x in line.strip('|').split('|')] == [
         'one',
         '64 x 64, 2, 3',
@@ -126,6 +126,25 @@ def test_the_page_is_written_from_what_was_kept(tmp_path):
     ]
     assert 'A machine, 1 threads' in page(tmp_path)
     assert 'times the student' in report(one)
+
+
+def test_a_page_keeps_what_is_written_around_its_tables(tmp_path):
+    one = timing(plain=[2.0], null=[2.01], teacher=[0.5], full=[3.0])
+    (tmp_path / 'one.json').write_text(json.dumps(one.as_dict()))
+    path = tmp_path / 'page.md'
+    path.write_text(page(tmp_path).replace('# Speed', '# Pace') + 'The end.\n')
+    plan = dict(student='small', teacher='big', method='fgd')
+    facts = dict(FACTS, plan=plan)
+    other = dict(one.as_dict(), facts=facts, config='small-from-big_fgd')
+    (tmp_path / 'small-from-big_fgd.json').write_text(json.dumps(other))
+    text = page(tmp_path, path)
+    assert text.startswith('# Pace')
+    assert text.endswith('The end.\n')
+    assert text.count('| one |') == text.count('| fgd |') == 1
+    assert text.count('A machine') == 1
+    assert '**small**, taught by **big**' in text
+    path.write_text(text)
+    assert page(tmp_path, path) == text
 
 
 # What is timed ---------------------------------------------------------------
@@ -358,7 +377,11 @@ def test_methods_are_timed_for_a_student_and_a_teacher(
     for method in ('pkd', 'fgd'):
         assert f'small-from-big_{method}: RetinaNet of RetinaNet' in said
         kept = tmp_path / f'small-from-big_{method}.json'
-        assert [method] == list(json.loads(kept.read_text())['terms'])
+        kept = json.loads(kept.read_text())
+        assert [method] == list(kept['terms'])
+        assert kept['facts']['plan'] == dict(
+            student='small', teacher='big', method=method
+        )
     assert main([*command, '--methods', 'pkd']) == 1
     assert 'there is none' in capsys.readouterr().err
 
