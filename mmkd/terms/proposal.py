@@ -324,6 +324,13 @@ class ProposalTerm(SecondStageTerm):
                     f'{type(head).__name__}, which does not regress the four '
                     f'numbers of a box. Set box_weight=0.'
                 )
+            if isinstance(getattr(head, 'fc_cls', None), nn.ModuleList):
+                raise ValueError(
+                    f'ProposalTerm compares one object a proposal, but the '
+                    f'{side} has a {type(head).__name__}, which finds '
+                    f'{len(head.fc_cls)}. Use another detector, or a feature '
+                    f"term (tap='neck')."
+                )
             if getattr(head, 'custom_cls_channels', False):
                 raise ValueError(
                     f'ProposalTerm compares one score a class and one of the '

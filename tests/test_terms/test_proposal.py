@@ -793,6 +793,13 @@ def test_a_head_with_outputs_besides_classes(build, side):
 
 
 @pytest.mark.parametrize('side', ['student', 'teacher'])
+def test_a_head_of_several_objects_a_proposal(build, side):
+    model = rois.faster(type='MultiInstanceBBoxHead', num_instance=2)
+    with pytest.raises(ValueError, match=rf'the {side} has a Multi.*finds 2'):
+        build(**{side: model})
+
+
+@pytest.mark.parametrize('side', ['student', 'teacher'])
 def test_a_head_without_boxes(build, side):
     model = rois.faster(with_reg=False)
     with pytest.raises(ValueError, match=rf'the {side} has a .*box_weight=0'):
