@@ -115,10 +115,12 @@ def work(rank, address, teacher_file, result):
 def runs(teacher_file, tmp_path_factory):
     """Results of both processes."""
     folder = tmp_path_factory.mktemp('ddp')
-    multiprocessing.spawn(
+    address = f'file://{folder / "meet"}'
+    multiprocessing.start_processes(
         work,
-        args=(f'file://{folder / "meet"}', teacher_file, folder / 'result'),
+        args=(address, teacher_file, folder / 'result'),
         nprocs=2,
+        start_method='fork',
     )
     return [torch.load(f'{folder / "result"}.{rank}') for rank in range(2)]
 

@@ -28,8 +28,9 @@ def work(rank, address, result):
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp('gather')
-    multiprocessing.spawn(
-        work, (f'file://{folder / "meet"}', folder / 'result'), nprocs=2
+    address = f'file://{folder / "meet"}'
+    multiprocessing.start_processes(
+        work, (address, folder / 'result'), nprocs=2, start_method='fork'
     )
     return [torch.load(folder / f'result.{rank}') for rank in (0, 1)]
 
