@@ -97,8 +97,8 @@ def fastest(device: torch.device) -> Speed:
 
     Half precision on GPUs with units for bfloat16. Not on CPUs, of which many
     have its instructions and run convolutions slower by them:
-    ``fast=dict(precision='bf16')`` asks for it, and ``tools/benchmark.py``
-    says whether it pays.
+    ``fast=dict(precision='bf16')`` asks for it, and ``tools/benchmark.py
+    --ways`` says whether it pays.
     """
     half = device.type == 'cuda' and torch.cuda.is_bf16_supported(
         including_emulation=False
@@ -145,6 +145,11 @@ class Fast:
         self._copy: nn.Module | None = None
         self._compared: frozenset[str] | None = None
         self._versions: list = []
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether the first batch ruled out what was asked for."""
+        return self._compared is not None and self._chosen != self.speed
 
     def watch(self, run: Run, images: Tensor, paths: Sequence[str]) -> Record:
         """What the detector's taps return for a batch.

@@ -664,8 +664,8 @@ def detections(
 
     Returns:
         Of each image what its own post-processing leaves, in pixels of the
-        batch: ``bboxes`` (M, 4) in float32, ``scores``, ``labels`` and, if it
-        predicts them, ``masks``.
+        batch: ``bboxes`` (M, 4) in float32, ``scores``, whole ``labels``
+        and, if it predicts them, ``masks``.
     """
     size = tuple(size or images.shape[-2:])
     shown = []
@@ -693,6 +693,7 @@ def detections(
     results = [one.pred_instances for one in found]
     for one in results:
         one.bboxes = get_box_tensor(one.bboxes).float()
+        one.labels = one.labels.long()  # CrowdDet gives real numbers
     return results
 
 

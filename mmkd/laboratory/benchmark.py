@@ -67,6 +67,8 @@ from mmkd.version import __version__
 
 ARMS = ('plain', 'null', 'teacher', 'full')
 FOLDER = Path('work_dirs/benchmark')
+#: How the files end that say in which ways a teacher can run.
+WAYS = '.ways.json'
 MIB = 2**20
 #: Draws of the bootstrap.
 DRAWS = 2000
@@ -225,13 +227,13 @@ def _measure(
     config: Config, settings: Settings, name: str, about: Mapping[str, Any]
 ) -> Timing:
     init_default_scope(config.get('default_scope', 'mmdet'))
-    batches = _load(config, settings)
+    batches = load(config, settings)
     arms = _arms(config, settings)
     clock = Clock(settings.device)
     steps = {
         'plain': arms['plain'],
         'null': arms['null'],
-        'teacher': _Teachers(arms['full']),
+        'teacher': TeacherPass(arms['full']),
         'full': arms['full'],
     }
     hub = MessageHub.get_current_instance()
@@ -320,7 +322,7 @@ class Arm:
 
 def _arms(config: Config, settings: Settings) -> dict[str, Arm]:
     with tempfile.TemporaryDirectory() as folder:
-        full, null = (_built(config, settings, folder) for _ in range(2))
+        full, null = (built(config, settings, folder) for _ in range(2))
     for term in null.terms.values():
         term.schedule = Constant(0.0)
     plain = _plain(config)
@@ -339,7 +341,14 @@ def _plain(config: Config) -> nn.Module:
     return MODELS.build(copy.deepcopy(student_config(config.model)))
 
 
-def _built(config: Config, settings: Settings, folder: str) -> Distilling:
+def built(config: Config, settings: Settings, folder: str) -> Distilling:
+    """A distilled student with the weights of its teachers.
+
+    Args:
+        config: A training config.
+        settings: How it is timed.
+        folder: For weights of teachers that go without their checkpoints.
+    """
     model = copy.deepcopy(config.model)
     if settings.random_weights:  # nor is a backbone's file fetched
         model = without_init(model)
@@ -363,7 +372,7 @@ def _built(config: Config, settings: Settings, folder: str) -> Distilling:
     return model
 
 
-class _Teachers:
+class TeacherPass:
     """The forward pass of each teacher, as far as its taps ask."""
 
     def __init__(self, arm: Arm) -> None:
@@ -463,7 +472,8 @@ def _cut(record: Record) -> Record:
 # ---------------------------------------------------------------------- data
 
 
-def _load(config: Config, settings: Settings) -> list[Any]:
+def load(config: Config, settings: Settings) -> list[Any]:
+    """Batches as a loader gives them, of data or of noise."""
     if settings.boxes is not None:
         return synthetic(config, settings)
     try:
@@ -713,7 +723,10 @@ def page(folder: Path, path: Path | None = None) -> str:
         path: The page as it is; its own text is kept.
     """
     groups: dict[tuple[str, str], list[Timing]] = {}
-    for file in sorted(folder.glob('*.json')):
+    files = sorted(folder.glob('*.json'))
+    for file in files:
+        if file.name.endswith(WAYS):
+            continue
         one = Timing(**read_json(file, 'benchmark', 'a timing', kind=dict))
         title = _circumstances(one.facts), _pair(one.facts)
         groups.setdefault(title, []).append(one)
@@ -734,6 +747,7 @@ def page(folder: Path, path: Path | None = None) -> str:
                 ]
             )
         )
+    parts += _table_of_ways([x for x in files if x.name.endswith(WAYS)])
     begin, end = MARKERS
     head, tail = f'{HEAD}\n{begin}\n', f'{end}\n'
     text = path.read_text(encoding='utf-8') if path and path.exists() else ''
@@ -741,6 +755,29 @@ def page(folder: Path, path: Path | None = None) -> str:
         head = text[: text.index(begin)] + f'{begin}\n'
         tail = text[text.index(end) :]
     return '\n'.join([head, *parts, tail])
+
+
+def _table_of_ways(files: Sequence[Path]) -> list[str]:
+    from mmkd.laboratory.ways import Ways, columns
+
+    kept = [
+        Ways(**read_json(one, 'benchmark', 'timings of a teacher', kind=dict))
+        for one in files
+    ]
+    groups: dict[str, list[Ways]] = {}
+    for one in kept:
+        groups.setdefault(_circumstances(one.facts), []).append(one)
+    return [
+        '\n'.join(
+            [
+                f'Teachers. {where}\n',
+                columns(),
+                *(one.row() for one in group),
+                '',
+            ]
+        )
+        for where, group in groups.items()
+    ]
 
 
 def _pair(facts: Mapping[str, Any]) -> str:
@@ -817,14 +854,25 @@ def _measure_all(options: argparse.Namespace, settings: Settings) -> None:
     for name, config, about in _configs(options):
         found = measure(config, settings, name, **about)
         print(report(found), flush=True)
-        with whole(options.out / f'{name}.json') as part:
-            part.write_text(json.dumps(found.as_dict(), indent=1) + '\n')
+        _keep(found.as_dict(), options.out / f'{name}.json')
+        if options.ways:
+            from mmkd.laboratory.ways import measure_ways
+
+            with preserved(settings.seed), quiet(), _no_collection():
+                ways = measure_ways(config, settings, name, found.facts)
+            print(f'\n{ways.report()}\n', flush=True)
+            _keep(ways.as_dict(), options.out / f'{name}{WAYS}')
         if options.page:
             text = page(options.out, options.page)
             with whole(options.page) as part:
                 part.write_text(text, encoding='utf-8')
         if options.trace:
             trace(config, settings, options.out / f'{name}.trace.json')
+
+
+def _keep(found: Mapping[str, Any], path: Path) -> None:
+    with whole(path) as part:
+        part.write_text(json.dumps(found, indent=1) + '\n')
 
 
 def _configs(
@@ -859,7 +907,7 @@ def trace(config: Config, settings: Settings, path: Path) -> None:
     init_default_scope(config.get('default_scope', 'mmdet'))
     with preserved(settings.seed), quiet():
         arm = _arms(config, settings)['full']
-        batch = _load(config, settings)[0]
+        batch = load(config, settings)[0]
         arm(batch)
         with torch.profiler.profile() as profile:
             arm(batch)
@@ -920,6 +968,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help='table of all measurements in --out, in a page whose other text '
         'is kept',
+    )
+    parser.add_argument(
+        '--ways',
+        action='store_true',
+        help='also time the teacher whole, as far as the taps ask, and in the '
+        'ways of fast=',
     )
     parser.add_argument(
         '--trace', action='store_true', help='write a step of torch.profiler'

@@ -184,7 +184,7 @@ def test_all_four_take_turns_on_the_same_batches(config, monkeypatch):
 
 def test_null_is_a_distiller_of_which_nothing_counts(config):
     arms = benchmark._arms(config, QUICK)
-    batch = benchmark._load(config, QUICK)[0]
+    batch = benchmark.load(config, QUICK)[0]
     losses = {}
     for name, arm in arms.items():
         torch.manual_seed(0)
@@ -206,14 +206,14 @@ def test_the_teacher_stops_where_its_taps_do(config):
         part.register_forward_pre_hook(
             lambda *one: called.append(type(one[0]))
         )
-    benchmark._Teachers(full).ready(benchmark._load(config, QUICK)[0])()
+    benchmark.TeacherPass(full).ready(benchmark.load(config, QUICK)[0])()
     assert [one.__name__ for one in called] == ['FPN']
 
 
 def test_pixels_are_prepared_once_in_a_step(config):
     """The floor is a step and a pass, not two of what comes before both."""
     full = benchmark._arms(config, QUICK)['full']
-    take = benchmark._Teachers(full).ready(benchmark._load(config, QUICK)[0])
+    take = benchmark.TeacherPass(full).ready(benchmark.load(config, QUICK)[0])
     full.model.data_preprocessor.forward = None
     take()
 
@@ -261,7 +261,7 @@ def test_a_term_s_gradient_ends_at_the_taps(config):
 
     term.forward = noted
     taken = benchmark._Terms(arm, benchmark.Clock('cpu'))(
-        benchmark._load(config, QUICK)[:1]
+        benchmark.load(config, QUICK)[:1]
     )
     assert taken['pkd'] > 0
     assert all(one.grad.abs().sum() > 0 for one in seen)
@@ -282,7 +282,7 @@ def test_what_a_term_multiplies_is_that_of_its_own_layers(config, align):
     settings = Settings(
         batches=1, batch_size=2, random_weights=True, boxes=2.0, size=(64, 96)
     )
-    batches = benchmark._load(config, settings)
+    batches = benchmark.load(config, settings)
     full = benchmark._arms(config, settings)['full']
     found = benchmark._Terms(full, benchmark.Clock('cpu')).work(batches[0])
     images, _ = full.shown(batches[0])

@@ -147,6 +147,32 @@ def test_they_are_what_the_teacher_deploys(kind, build, small):
     assert losses['kd_x_found'] == number / 2
 
 
+def test_labels_that_are_real_numbers_are_classes_as_well(build, small):
+    """CrowdDet's head predicts such."""
+    model = build(score_thr=0.0)
+    detector = model.teachers['big'].detector
+    plain = detector.predict
+
+    def predict(*given, **settings):
+        found = plain(*given, **settings)
+        for one in found:
+            one.pred_instances.labels = one.pred_instances.labels.float()
+        return found
+
+    def found(step):
+        seen.append(model.terms.x.found(step))
+        return step.images.new_zeros(())
+
+    seen, model.terms.x.forward = [], found
+    model.loss(*tiny.batch())
+    detector.predict = predict
+    model.loss(*tiny.batch())
+    for one, other in zip(*seen, strict=True):
+        assert len(one) > 0
+        assert other.labels.dtype == torch.int64
+        assert torch.equal(one.labels, other.labels)
+
+
 def test_heads_that_take_one_image_are_asked_one_by_one(build, small):
     """Guided anchors are made by convolutions that mask one image."""
     model = build(teacher=families.guided, score_thr=0.0)
