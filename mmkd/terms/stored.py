@@ -42,8 +42,8 @@ class StoredPredictionTerm(Term):
     r"""Class scores and boxes of the cells that a teacher is surest of.
 
     .. math:: L = \lambda \, \frac{\sum_m w_m \big[ \lambda_c \sum_{k \in C_m}
-              D(p_{mk} \,\|\, q_{mk}) + \lambda_b (1 - GIoU(b_m, \hat b_m))
-              + \lambda_e E_m \big]} {\sum_m w_m}
+              D(p_{mk} \,\|\, q_{mk}) + \lambda_b (1 - GIoU(b_m,
+              \hat b_m)) + \lambda_e E_m \big]} {\sum_m w_m}
 
     over the predictions m that come with the images, where the teacher gives
     the classes C_m the probabilities p and the object the box b. q and
