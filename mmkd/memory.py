@@ -97,9 +97,11 @@ class Memory:
             self._check_same(versions)
             self.forget()
             self._versions = versions
+        # A name is looked up, so it is waited for: once, for all images.
+        names = [digest(one[None]) for one in images.detach().cpu()]
         entries = [
-            self._outputs(images[index : index + 1], [sample], paths, watch)
-            for index, sample in enumerate(samples)
+            self._outputs(name, images[at : at + 1], [sample], paths, watch)
+            for at, (name, sample) in enumerate(zip(names, samples))
         ]
         record = Remembered(self.detector, paths)
         record.size = tuple(images.shape[-2:])
@@ -120,13 +122,14 @@ class Memory:
 
     def _outputs(
         self,
+        pixels: bytes,
         image: Tensor,
         sample: list,
         paths: Sequence[str],
         watch: Callable[[Tensor, list], Record],
     ) -> Outputs:
         shape = tuple(sample[0].metainfo.get('img_shape', ()))
-        key = (digest(image), shape, *paths)
+        key = (pixels, shape, *paths)
         if key in self._kept:
             self.hits += 1
             return self._kept[key]

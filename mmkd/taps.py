@@ -32,12 +32,44 @@ class Record:
     """
 
     def __init__(self, detector: nn.Module, paths: Iterable[str]) -> None:
-        self.detector = detector
+        self._detector = detector
+        self._away: str | None = None
+        self._bring: Callable[[Tensor], Tensor] | None = None
         self.size: tuple[int, int] | None = None
         self._calls: dict[str, list[Call]] = {path: [] for path in paths}
 
     def add(self, path: str, call: Call) -> None:
         self._calls[path].append(call)
+
+    @property
+    def detector(self) -> nn.Module:
+        """The detector that ran.
+
+        Raises:
+            ValueError: If it stays on a device of its own.
+        """
+        if self._away is not None:
+            raise ValueError(self._away)
+        return self._detector
+
+    @detector.setter
+    def detector(self, detector: nn.Module) -> None:
+        self._detector = detector
+
+    def keep_away(self, why: str) -> None:
+        """Give out what the detector returned, and not the detector."""
+        self._away = why
+
+    def bring(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put a function of each output in its place; arguments follow when
+        they are asked for.
+        """
+        for path, calls in self._calls.items():
+            self._calls[path] = [
+                Call(one.args, one.kwargs, apply(function, one.output))
+                for one in calls
+            ]
+        self._bring = function
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -95,11 +127,13 @@ class Record:
     def inputs(self, path: str) -> tuple[tuple, dict]:
         """Arguments of a tap's last call: positional ones, and by name."""
         call = self._called(path)[-1]
+        if self._bring is not None:
+            return apply(self._bring, (call.args, call.kwargs))
         return call.args, call.kwargs
 
     @property
     def _name(self) -> str:
-        return type(self.detector).__name__
+        return type(self._detector).__name__
 
     def _called(self, path: str) -> list[Call]:
         if not self.has(path):

@@ -96,13 +96,18 @@ class Teacher:
             ``dict(precision='bf16')``. The first batch tells whether it says
             the same; else the next slower way is taken, with a warning. The
             copy takes the memory of the teacher's weights once more.
+        device: Where it runs, such as ``'cuda:1'``: it is shown the images
+            there, and what it says of them is brought to the student. With
+            the student if None. Terms that run its layers themselves need it
+            there.
         name: Name among the distiller's teachers, for messages.
 
     Raises:
         FileNotFoundError: If there is no such config.
         ValueError: If ``cache`` is negative, ``fast`` has a setting that is
-            not known, or ``classes`` are no such list
-            or of a detector whose heads cannot be cut.
+            not known, ``device`` names none, or ``classes`` are no such list
+            or of a detector whose heads cannot be cut; when the weights are
+            looked for, if there is no such device.
     """
 
     def __init__(
@@ -116,10 +121,12 @@ class Teacher:
         cache: float | str | Mapping[str, str] = 0.0,
         classes: Sequence[str | None] | None = None,
         fast: bool | Mapping[str, Any] = False,
+        device: str | torch.device | None = None,
         name: str = 'teacher',
     ) -> None:
         self.name, self.checkpoint, self.ema = name, checkpoint, ema
         self.inherit, self.sham = inherit, sham
+        self.device = _device(f'Teacher {name!r}', device)
         self.source = config if isinstance(config, (str, Path)) else 'a dict'
         config = read_config(config, f'Teacher {name!r}', cfg_options)
         self._model = without_init(student_config(config.model))
@@ -217,7 +224,9 @@ class Teacher:
         Raises:
             FileNotFoundError: If no file is named, or it does not exist.
             CheckpointError: If it is empty, cut off, or no checkpoint.
+            ValueError: If there is no such device as its own.
         """
+        self._check_device()
         if self.checkpoint is None:
             raise FileNotFoundError(
                 f'Teacher {self.name!r} ({self.source}) has no checkpoint: '
@@ -233,6 +242,21 @@ class Teacher:
                 f'{error} Put the weights there, or name another file: '
                 f'--cfg-options model.teachers.{self.name}.checkpoint=FILE.pth'
             ) from error
+
+    def _check_device(self) -> None:
+        if self.device is None or self.device.type == 'cpu':
+            return
+        kind = self.device.type
+        counter = getattr(getattr(torch, kind, None), 'device_count', None)
+        count = counter() if counter is not None else 0
+        if (self.device.index or 0) >= count:
+            there = [f'{kind}:{number}' for number in range(count)] + ['cpu']
+            raise ValueError(
+                f"Teacher {self.name!r} has device='{self.device}', and this "
+                f'machine has {", ".join(there)}'
+                f'. Name one of them, or leave device out: it then runs where '
+                f'the student does.'
+            )
 
     def load(self) -> None:
         """Read the weights, every one of them, and freeze the detector.
@@ -361,7 +385,10 @@ class Teacher:
     def to(self, device: torch.device) -> None:
         # Moved when it runs and not along with the student, whose copies
         # (an EMA kept on the CPU) share this one teacher.
-        if next(self.detector.parameters()).device != device:
+        here = next(self.detector.parameters()).device
+        if here != device and (
+            device.index is not None or here.type != device.type
+        ):
             self.detector.to(device)
 
     def run(
@@ -382,7 +409,7 @@ class Teacher:
             grad: Keep the graph from the images to the taps.
         """
         if self.store is None:
-            self.to(images.device)
+            self.to(self._place(images))
         if self.sham:
             images, samples = self._another(images, samples)
         shapes = [
@@ -393,7 +420,9 @@ class Teacher:
         paths = self.paths if paths is None else list(paths)
 
         def watch(images: Tensor, samples: list) -> Record:
-            self.to(images.device)
+            home, place = images.device, self._place(images)
+            self.to(place)
+            images = _sent(images, place)
 
             def run(detector: nn.Module, images: Tensor) -> Record:
                 with (
@@ -406,12 +435,31 @@ class Teacher:
 
             fast = None if grad else self._fast(images.device)
             if fast is None:
-                return run(self.detector, images)
-            return fast.watch(run, images, paths)
+                record = run(self.detector, images)
+            else:
+                record = fast.watch(run, images, paths)
+            if place != home:
+                record.bring(lambda one: _sent(one, home))
+            return record
 
         if self.memory is None or grad or not self.loaded:
-            return watch(images, samples)
-        return self.memory.recall(images, samples, paths, watch)
+            record = watch(images, samples)
+        else:
+            record = self.memory.recall(images, samples, paths, watch)
+        if self.device is not None:
+            record.keep_away(
+                f"Teacher {self.name!r} has device='{self.device}', and this "
+                f'term runs layers of the teacher, or reads its head, with '
+                f'what is on the device of the student. Leave device out for '
+                f'this teacher, or use a term that compares what both return, '
+                f'such as FeatureTerm.'
+            )
+        return record
+
+    def _place(self, images: Tensor) -> torch.device:
+        """Where it runs; a pair is checked before there are weights."""
+        own = self.device if self.loaded else None
+        return images.device if own is None else own
 
     def _fast(self, device: torch.device) -> Fast | None:
         """The faster way to run it, once there are weights."""
@@ -609,6 +657,26 @@ class Teachers(dict):
                     logger='current',
                     level=logging.WARNING,
                 )
+
+
+def _device(
+    who: str, device: str | torch.device | None
+) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{who} runs on a device such as 'cuda:1' or 'cpu', got "
+            f'device={device!r}.'
+        ) from error
+
+
+def _sent(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; nothing waits but who reads it from the CPU."""
+    if value.device == device:
+        return value
+    # Of what comes to the CPU without waiting nothing says when it is there.
+    return value.to(device, non_blocking=device.type != 'cpu')
 
 
 def run_detector(detector: nn.Module, images: Tensor, samples: list) -> None:

@@ -96,6 +96,35 @@ def test_what_it_knows_is_not_computed(make):
     assert (one.memory.hits, one.memory.misses) == (5, 3)
 
 
+def test_a_batch_is_waited_for_once(make, monkeypatch):
+    """Whatever is read on the CPU waits for a GPU; outputs are not read."""
+    batch = tiny.batch(shapes=SHAPES)
+    one = make(cache=1.0)
+    one.show(*batch)
+    waited = []
+    for name in ('cpu', 'item', 'tolist', 'numpy', 'nonzero', '__bool__'):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, reader(plain, waited))
+    one.show(*batch)
+    assert waited == ['cpu']
+    assert one.memory.hits == 3
+
+
+class Read(torch.Tensor):
+    """Values that are on the CPU, and so may be asked for."""
+
+
+def reader(function, waited):
+    def read(tensor, *given, **named):
+        found = function(tensor, *given, **named)
+        if isinstance(tensor, Read):
+            return found
+        waited.append(function.__name__)
+        return Read(found) if torch.is_tensor(found) else found
+
+    return read
+
+
 def test_only_what_is_new_is_computed(make):
     batch = tiny.batch(shapes=SHAPES)
     one = make(cache=1.0)

@@ -7,12 +7,14 @@ import tiny
 import torch
 from mmdet.models import RetinaNet
 from mmengine.config import Config
+from test_contracts import pretending
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmkd.compat.checkpoint import CheckpointError
 from mmkd.configs import student_config
 from mmkd.pixels import Pixels
 from mmkd.taps import recording
-from mmkd.teachers import Teacher, Teachers, fed, run_detector
+from mmkd.teachers import Teacher, Teachers, _sent, fed, run_detector
 
 CLASSES = ('cat', 'dog', 'cow')
 
@@ -443,6 +445,127 @@ def test_running_by_hand_computes_no_loss():
 
 
 # Inheriting ------------------------------------------------------------------
+
+
+# On a device of its own ----------------------------------------------------
+
+
+@pretending
+@pytest.mark.parametrize(
+    ('home', 'own'), [('cpu', 'cuda'), ('cuda', 'cpu'), ('cuda:0', 'cuda:1')]
+)
+def test_it_sees_on_its_device_and_is_heard_on_the_student_s(
+    teacher_file, home, own, monkeypatch
+):
+    """Devices without values: one that meets the other raises."""
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    one = teacher(str(teacher_file), device=own)
+    one.load()
+    images, samples = tiny.batch()
+    # As no module can be moved that holds what is no tensor.
+    monkeypatch.setattr(one.detector, 'to', lambda to: move(one.detector, to))
+    with FakeTensorMode(), torch.no_grad():
+        move(one.detector, home)
+        images = moved(images, home)
+        record = one.run(images, samples, student_pixels())
+        said = [*record.at('neck'), *record.inputs('neck')[0][0]]
+        wanted = [images.device, moved(images, own).device]
+        weight = next(one.detector.parameters())
+    assert {one.device for one in said} == {wanted[0]}
+    assert weight.device == wanted[1]
+
+
+def move(detector, device):
+    for part in detector.modules():
+        for group in (part._parameters, part._buffers):
+            for name, value in group.items():
+                if value is not None:
+                    group[name] = moved(value, device)
+
+
+def moved(value, device):
+    """The same tensor on the device, without values."""
+    found = torch.empty(value.shape, dtype=value.dtype, device=device)
+    if isinstance(value, torch.nn.Parameter):
+        found = torch.nn.Parameter(found, requires_grad=False)
+    return found
+
+
+@pytest.mark.parametrize(
+    ('there', 'waits'), [('cpu', True), ('cuda:1', False)]
+)
+def test_nothing_waits_but_who_reads_from_the_cpu(there, waits):
+    """What is on its way to the CPU is not there yet."""
+    asked = []
+
+    class Elsewhere:
+        device = torch.device('cuda:0')
+
+        def to(self, device, non_blocking=False):
+            asked.append((device, non_blocking))
+
+    _sent(Elsewhere(), torch.device(there))
+    assert asked == [(torch.device(there), not waits)]
+
+
+def test_what_is_there_already_is_not_touched():
+    one = torch.ones(2)
+    assert _sent(one, torch.device('cpu')) is one
+
+
+@pytest.mark.parametrize('cache', [0.0, 1.0])
+def test_its_own_device_changes_nothing_of_what_it_says(teacher_file, cache):
+    images, samples = tiny.batch()
+    said = []
+    for settings in (dict(), dict(device='cpu')):
+        one = teacher(str(teacher_file), cache=cache, **settings)
+        one.load()
+        said.append(one.run(images, samples, student_pixels()).at('neck'))
+    for ours, theirs in zip(*said):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_device_that_is_not_there_is_told_when_it_is_to_run(
+    teacher_file, teachers, terms, monkeypatch, caplog
+):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
+    one = teacher(str(teacher_file), device='cuda:1')
+    with pytest.raises(ValueError, match=r"'big' has device='cuda:1'.*cuda:0"):
+        one.load()
+    teacher(str(teacher_file), device='cuda:0').check_file()
+    teachers['big']['device'] = 'cuda:1'
+    student = tiny.build(tiny.distilled(tiny.retinanet(), teachers, terms))
+    with torch.no_grad():  # inference needs none
+        student.eval().predict(*tiny.batch())
+    with pytest.raises(ValueError, match='leave device out'):
+        student.loss(*tiny.batch())
+
+
+def test_a_kind_of_device_that_is_not_there_is_told(teacher_file):
+    one = teacher(str(teacher_file), device='meta')
+    with pytest.raises(ValueError, match='this machine has cpu'):
+        one.check_file()
+
+
+def test_what_is_no_device_is_told_while_it_is_built():
+    with pytest.raises(ValueError, match=r"such as 'cuda:1' .*device='gpu'"):
+        teacher(device='gpu')
+
+
+@pytest.mark.parametrize(
+    'term',
+    [dict(type='mmkd.BoxTerm'), dict(type='mmkd.CrossHeadTerm', convs=1)],
+)
+def test_terms_that_run_its_layers_are_told_that_it_is_elsewhere(
+    teachers, term
+):
+    teachers['big']['device'] = 'cpu'
+    terms = dict(x=dict(term, teacher='big'))
+    with pytest.raises(ValueError, match="'big' has device='cpu'.*FeatureT"):
+        # While it is built, if it can be checked then.
+        tiny.build(tiny.distilled(tiny.retinanet(), teachers, terms)).loss(
+            *tiny.batch()
+        )
 
 
 def test_one_name_is_one_part(teacher_file):

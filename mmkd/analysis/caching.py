@@ -169,7 +169,7 @@ def _built(
     config: Mapping, name: str, options: argparse.Namespace
 ) -> Distilling:
     settings = copy.deepcopy(config.model)
-    settings.teachers[name].update(cache=0.0, sham=False)
+    settings.teachers[name].update(cache=0.0, sham=False, device=None)
     model = MODELS.build(settings)
     teacher = model.teachers[name]
     teacher.load()

@@ -13,7 +13,7 @@ import torch
 from mmdet.models.dense_heads import YOLOXHead
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmkd.analysis.offline import (
     EVERY,
@@ -35,6 +35,8 @@ from mmkd.terms.decoding import (
     anchors_of,
     check_decodable,
     decode,
+    edge_bins,
+    edge_origins,
     stride_of,
 )
 
@@ -74,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
         default=50.0,
         help='gibibytes that it may take (default: %(default)s)',
     )
+    parser.add_argument(
+        '--edges',
+        action=argparse.BooleanOptionalAction,
+        help='keep how each edge of a box is distributed (default: where the '
+        'head says so, as those of GFL do)',
+    )
     parser.add_argument('--tap', default='bbox_head', help='its dense head')
     add_images(parser)
     return parser
@@ -105,10 +113,19 @@ def make(options: argparse.Namespace) -> None:
             f'{type(head).__name__} has none. tools/make_hypotheses.py keeps '
             f'the boxes of any teacher.'
         )
+    if options.edges is None:
+        options.edges = edge_bins(head) > 0
+    if options.edges and not edge_bins(head):
+        raise ValueError(
+            f'{WHO} --edges keeps the edges of boxes as distributions, and '
+            f'{type(head).__name__} gives none. Leave --edges out, or take a '
+            f'teacher with a head of distributions, such as GFL.'
+        )
     about = dict(
         fingerprint=fingerprint(config, dataset, [teacher]),
         cells=options.cells,
         scores=options.classes,
+        edges=edge_bins(head) if options.edges else 0,
         taps=[PREDICTIONS],
         classes=list(dataset.metainfo['classes']),
         precision='fp32',
@@ -151,8 +168,9 @@ def surest(
     Args:
         teacher: With a dense head of sigmoids.
         data: An image, as the data set of tests gives it.
-        options: ``cells`` and ``classes``, how many are kept at most, and
-            ``tap``, the head.
+        options: ``cells`` and ``classes``, how many are kept at most,
+            ``edges``, whether the distributions of theirs are, and ``tap``,
+            the head.
 
     Returns:
         As :func:`mmkd.datasets.tracking.moved` takes it, in pixels of the
@@ -181,25 +199,33 @@ def surest(
         _of_level(one, box, stride_of(head, level), (height, width))
         for level, (one, box) in enumerate(zip(logits, decode(head, boxes)))
     ]
-    logits, boxes, points, strides = map(torch.cat, zip(*found))
-    best = logits.amax(1)
-    count = min(options.cells, len(best))
-    kept = best.topk(count).indices
+    logits, corners, points, strides, inside = map(torch.cat, zip(*found))
+    kept = inside.nonzero()[:, 0]
+    best = logits[kept].amax(1)
+    kept = kept[best.topk(min(options.cells, len(best))).indices]
     logits, labels = logits[kept].topk(min(options.classes, logits.shape[1]))
     scale = points.new_tensor(samples[0].metainfo.get('scale_factor', (1, 1)))
-    return dict(
+    said = dict(
         points=points[kept] / scale,
         strides=strides[kept] / scale.log().mean().exp(),
-        bboxes=boxes[kept] / scale.repeat(2),
+        bboxes=corners[kept] / scale.repeat(2),
         labels=labels.short(),
         logits=logits.half(),
     )
+    if options.edges:
+        edges, origins = _edges(head, boxes)
+        said.update(
+            edges=edges[kept].half(),
+            origins=origins[kept] / scale,
+            steps=strides[kept, None] / scale,
+        )
+    return said
 
 
 def _of_level(
     logits: Tensor, boxes: Tensor, stride: float, size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is predicted within the image, anchor by anchor of each cell."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What is predicted, anchor by anchor, and whether within the image."""
     anchors, classes, rows, columns = logits.shape[1:]
     y, x = torch.meshgrid(
         (torch.arange(rows, device=logits.device) + 0.5) * stride,
@@ -212,4 +238,18 @@ def _of_level(
     sides = torch.full_like(points[:, 0], stride)
     logits = logits[0].movedim(1, -1).reshape(-1, classes)
     boxes = boxes[0].movedim(1, -1).reshape(-1, 4)
-    return logits[inside], boxes[inside], points[inside], sides[inside]
+    return logits, boxes, points, sides, inside
+
+
+def _edges(head: nn.Module, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits of edges, (M, 4, B), and where they are measured from, (M, 2)."""
+    sizes = [tuple(one.shape[-2:]) for one in maps]
+    priors = head.prior_generator.grid_priors(sizes, device=maps[0].device)
+    edges, origins = [], []
+    for level, (one, prior) in enumerate(zip(maps, priors)):
+        anchors = anchors_of(head, level)
+        logits = one[0].unflatten(0, (anchors, 4, edge_bins(head)))
+        edges.append(logits.movedim((1, 2), (-2, -1)).flatten(0, 2))
+        centres = edge_origins(head, prior).unflatten(0, (-1, anchors))
+        origins.append(centres.transpose(0, 1).flatten(0, 1))
+    return torch.cat(edges).float(), torch.cat(origins)

@@ -26,6 +26,7 @@ from mmdet.structures.bbox import (
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from mmkd.ops.edges import bin_places
 from mmkd.registry import TRANSFORMS
 from mmkd.store import PREDICTING, PREDICTIONS, Store
 
@@ -33,6 +34,11 @@ from mmkd.store import PREDICTING, PREDICTIONS, Store
 TRACKED = 'mmkd_tracked'
 #: Where each corner of a box is, x and y of x1 y1 x2 y2.
 CORNERS = ((0, 1), (2, 1), (2, 3), (0, 3))
+#: What is kept of the distributions of edges.
+EDGES = ('edges', 'origins', 'steps')
+#: Pixels by which a line that was upright may lean, over the length of a side
+#: of an image.
+LEAN = 0.01
 
 
 class Part(NamedTuple):
@@ -160,18 +166,31 @@ class LoadPredictions(BaseTransform):
         folder: What ``tools/cache_predictions.py`` wrote.
         clip: Whether boxes are cut off at the border of the image, as
             MMDetection's transforms do with annotations.
+        edges: Whether the distributions of their edges come with them. Only
+            where the pipeline leaves boxes upright: flips, resizing, crops,
+            shifts, padding, mosaics, quarter turns.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it is not complete; later, if it lacks an image, or a
-            transform has lost track of the pixels.
+        ValueError: If it is not complete, or holds no distributions that are
+            asked for; later, if it lacks an image, or a transform has lost
+            track of the pixels, or turned boxes with distributions.
     """
 
-    def __init__(self, folder: str | Path, clip: bool = True) -> None:
-        self.folder, self.clip = str(folder), clip
+    def __init__(
+        self, folder: str | Path, clip: bool = True, edges: bool = False
+    ) -> None:
+        self.folder, self.clip, self.edges = str(folder), clip, edges
         self.store = Store(folder, 'LoadPredictions', tool=PREDICTING)
         self.store.check({}, [PREDICTIONS])
         self.classes = tuple(self.store.about.get('classes') or ())
+        if edges and not self.store.about.get('edges'):
+            raise ValueError(
+                f'LoadPredictions(edges=True): {folder} holds no '
+                f'distributions of edges. Make it anew from a teacher with a '
+                f'head of distributions, such as GFL: {self.store.command} '
+                f'--edges --overwrite'
+            )
         self.store.close()
         if not all(isinstance(one, str) for one in self.classes):
             raise ValueError(
@@ -213,8 +232,12 @@ class LoadPredictions(BaseTransform):
                 f'{part.image}. Make them of the set that is trained on: '
                 f'{self.store.command}'
             )
+        if self.edges:
+            check_upright(part.matrix, size)
         try:
-            return moved(entry[PREDICTIONS], part.matrix, size, self.clip)
+            return moved(
+                entry[PREDICTIONS], part.matrix, size, self.clip, self.edges
+            )
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f'LoadPredictions: what {self.folder} holds of image '
@@ -224,7 +247,8 @@ class LoadPredictions(BaseTransform):
 
     def __repr__(self) -> str:
         return (
-            f'{type(self).__name__}(folder={self.folder!r}, clip={self.clip})'
+            f'{type(self).__name__}(folder={self.folder!r}, '
+            f'clip={self.clip}, edges={self.edges})'
         )
 
 
@@ -233,6 +257,7 @@ def moved(
     matrix: np.ndarray,
     size: Sequence[int],
     clip: bool = True,
+    edges: bool = False,
 ) -> InstanceData:
     """Predictions where the pixels of their image are now.
 
@@ -240,16 +265,24 @@ def moved(
         predictions: ``points`` (M, 2), the centre of the cell that predicts,
             ``strides`` (M,), the side of the cell, ``bboxes`` (M, 4), all in
             pixels of the image as stored; ``labels`` and ``logits`` (M, C),
-            of the classes that it gives the greatest probabilities.
+            of the classes that it gives the greatest probabilities. With
+            distributions also ``edges`` (M, 4, B), logits of left, top, right
+            and bottom, ``origins`` (M, 2), from where they are measured, and
+            ``steps`` (M, 2), pixels from bin to bin along x and y.
         matrix: From those pixels to the image of now, (3, 3).
         size: Its height and width.
         clip: Whether boxes are cut off at its border.
+        edges: Whether distributions are wanted. The matrix must leave boxes
+            upright, see :func:`check_upright`.
 
     Returns:
         The same in pixels of now, of what has its point in the image. Boxes
         are those around the moved corners; a stride grows as the root of the
-        area.
+        area. Distributions are ``edges`` (M, 4, B) as before, of which two
+        have changed places where the image is mirrored, and ``places``
+        (M, 4, B), the coordinate that each bin stands for.
     """
+    turn = matrix
     matrix = torch.from_numpy(matrix)
     points = _projected(predictions['points'], matrix)
     boxes = predictions['bboxes']
@@ -268,7 +301,68 @@ def moved(
         labels=predictions['labels'].long(),
         logits=predictions['logits'].float(),
     )
+    if edges:
+        logits, places = _moved_edges(predictions, turn)
+        if clip:
+            places = places.clamp(min=0).minimum(
+                limits.repeat(2)[:, None].to(places)
+            )
+        found.edges, found.places = logits, places
     return found[inside]
+
+
+def check_upright(matrix: np.ndarray, size: Sequence[int]) -> None:
+    """Boxes must be upright where they have been moved to.
+
+    An edge then comes from one edge, and its distribution with it. A turned
+    box has edges that depend on all four, of which nothing is said together.
+
+    Args:
+        matrix: From pixels as stored to those of now, (3, 3).
+        size: Height and width of the image of now.
+
+    Raises:
+        ValueError: If one is turned, sheared or in perspective.
+    """
+    linear = np.abs(matrix[:2, :2])
+    shares = linear / linear.max(1, keepdims=True)
+    length = max(size[:2])
+    straight = min(max(shares[0, one], shares[1, 1 - one]) for one in (0, 1))
+    tilt = np.abs(matrix[2, :2]).max() * length / abs(matrix[2, 2])
+    if max(straight, tilt) * length > LEAN:
+        raise ValueError(
+            'LoadPredictions(edges=True) moves distributions of edges with '
+            'flips, resizing, crops, shifts, padding, mosaics and quarter '
+            'turns, after which a box is still upright; this pipeline turns '
+            'or shears it. Set RandomAffine(max_rotate_degree=0.0, '
+            'max_shear_degree=0.0), take out Rotate, ShearX and ShearY, or '
+            'leave distributions out: edges=False here and edge_weight=0 of '
+            'StoredPredictionTerm.'
+        )
+
+
+def _moved_edges(
+    predictions: dict[str, Tensor], matrix: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Distributions after an upright move, and where their bins are."""
+    logits = predictions['edges'].float()
+    places = bin_places(
+        predictions['origins'], predictions['steps'], logits.shape[2]
+    ).double()
+    matrix = matrix / matrix[2, 2]
+    order, factors, shifts = [], [], []
+    for axis in (0, 1):  # where x and y of now come from
+        source = int(np.abs(matrix[axis, :2]).argmax())
+        factor = matrix[axis, source]
+        low, high = source, source + 2
+        order.append((low, high) if factor > 0 else (high, low))
+        factors.append(factor)
+        shifts.append(matrix[axis, 2])
+    index = [one[side] for side in (0, 1) for one in order]
+    factor, shift = (
+        places.new_tensor(one).repeat(2)[:, None] for one in (factors, shifts)
+    )
+    return logits[:, index], (places[:, index] * factor + shift).float()
 
 
 def _projected(points: Tensor, matrix: Tensor) -> Tensor:

@@ -453,7 +453,7 @@ def _cut(record: Record) -> Record:
         wanted = value.requires_grad
         return value.detach().requires_grad_(wanted)
 
-    found = Record(record.detector, record._calls)
+    found = Record(record._detector, record._calls)
     found.size = record.size
     for path, calls in record._calls.items():
         for call in calls:

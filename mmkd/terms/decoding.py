@@ -35,6 +35,20 @@ def decodable(head: Any) -> bool:
     return not strange and known and hasattr(head, 'num_classes')
 
 
+def edge_bins(head: Any) -> int:
+    """Bins of each edge that a head gives as a distribution; 0 if it does not.
+
+    As GFL's heads do: distances from the centre of the anchor, in strides.
+    """
+    integral = getattr(head, 'integral', None)
+    return integral.reg_max + 1 if hasattr(integral, 'reg_max') else 0
+
+
+def edge_origins(head: nn.Module, priors: Any) -> Tensor:
+    """Where a head of distributions measures edges from, (M, 2)."""
+    return head.anchor_center(get_box_tensor(priors))
+
+
 def check_decodable(who: str, head: nn.Module, side: str) -> None:
     """A head must give one box for each anchor of each cell.
 

@@ -11,6 +11,7 @@ from mmengine.dataset import pseudo_collate
 from mmkd.analysis import predicting
 from mmkd.analysis.predicting import main
 from mmkd.datasets.tracking import LoadPredictions
+from mmkd.ops.edges import bin_places
 from mmkd.registry import MODELS
 from mmkd.store import PREDICTIONS, Store
 
@@ -50,17 +51,18 @@ def run(capsys, *options):
     return status, told.out + told.err
 
 
-def student(model):
+def student(model, **settings):
     """The teacher itself, taught by what it said."""
-    term = dict(type='mmkd.StoredPredictionTerm')
+    term = dict(type='mmkd.StoredPredictionTerm', **settings)
     found = MODELS.build(tiny.distilled(model, {}, dict(said=term)))
     found.load_state_dict(torch.load('teacher.pth')['state_dict'])
     return found
 
 
-def shares(model, folder, *transforms):
+def shares(model, folder, *transforms, **more):
     """The greatest over the pictures."""
     load = dict(type='mmkd.LoadPredictions', folder='said', clip=False)
+    load.update(more)
     track = dict(type='mmkd.TrackPixels')
     config = pictures.dataset(folder, track, *transforms, last=[load])
     found = {}
@@ -150,6 +152,61 @@ def test_they_are_in_pixels_of_the_image_as_stored(make, capsys, tmp_path):
     assert found['loss_kd_said_box'] < 1e-3
     said = Store('said', '').read(b'0', [PREDICTIONS], 'cpu')[PREDICTIONS]
     assert (said['points'] < torch.tensor([160, 128])).all()
+
+
+def test_distributions_are_put_back_where_they_came_from(
+    make, capsys, tmp_path
+):
+    """Bin by bin, asked at twice the size that is on disk."""
+    resize = dict(type='Resize', scale=(320, 320), keep_ratio=True)
+    make(heads.gfl(), resize)
+    assert run(capsys, '--cells', '30')[0] == 0
+    learner = student(heads.gfl(), edge_weight=1.0, temperature=3.0).eval()
+    found = shares(learner, tmp_path, resize, edges=True)
+    assert found['loss_kd_said_edge'] < 1e-5
+    for one in learner.parameters():
+        one.data.add_(0.2 * torch.randn_like(one) * one.abs().mean())
+    moved = shares(learner, tmp_path, resize, edges=True)
+    assert moved['loss_kd_said_edge'] > 100 * found['loss_kd_said_edge']
+
+
+def test_bins_and_boxes_are_of_one_anchor(make, capsys):
+    """Boxes are the means of their edges, in pixels as stored."""
+    resize = dict(type='Resize', scale=(480, 256), keep_ratio=False)
+    make(heads.gfl(), resize)
+    run(capsys)
+    for image in '012':
+        said = Store('said', '').read(image.encode(), [PREDICTIONS], 'cpu')
+        said = said[PREDICTIONS]
+        places = bin_places(said['origins'], said['steps'], 4)
+        mean = (said['edges'].float().softmax(2) * places).sum(2)
+        torch.testing.assert_close(mean, said['bboxes'], atol=0.1, rtol=1e-3)
+
+
+def test_distributions_are_kept_where_there_are_some(make, capsys):
+    def kept():
+        said = Store('said', '').read(b'0', [PREDICTIONS], 'cpu')
+        return 'edges' in said[PREDICTIONS]
+
+    make(heads.gfl())
+    assert run(capsys)[0] == 0
+    assert kept()
+    LoadPredictions('said', edges=True)
+    status, told = run(capsys, '--no-edges')
+    assert status == 1
+    assert 'edges' in told
+    assert run(capsys, '--no-edges', '--overwrite')[0] == 0
+    assert not kept()
+    with pytest.raises(ValueError, match=r'holds no distributions.*--edges'):
+        LoadPredictions('said', edges=True)
+
+
+def test_a_teacher_without_distributions_is_told(make, capsys):
+    make(heads.fcos())
+    status, told = run(capsys, '--edges')
+    assert status == 1
+    assert 'FCOSHead gives none' in told
+    assert run(capsys)[0] == 0
 
 
 def test_objectness_is_part_of_a_score(make, capsys):

@@ -11,7 +11,13 @@ from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
 
-from mmkd.datasets.tracking import LoadPredictions, Part, TrackedBoxes, moved
+from mmkd.datasets.tracking import (
+    LoadPredictions,
+    Part,
+    TrackedBoxes,
+    check_upright,
+    moved,
+)
 from mmkd.store import PREDICTIONS, Store
 
 HEIGHT, WIDTH = 96, 128
@@ -226,6 +232,98 @@ def test_points_in_perspective_are_divided_by_their_distance():
     np.testing.assert_allclose(found.points, wanted, rtol=1e-5)
 
 
+def distributed():
+    """Predictions whose boxes are the means of their edges."""
+    generator = torch.Generator().manual_seed(0)
+    found = predictions()
+    found['edges'] = torch.randn(4, 4, 5, generator=generator)
+    found['origins'] = found['points'] - 4
+    found['steps'] = torch.tensor([[8.0, 6.0]]).expand(4, 2)
+    away = (found['edges'].softmax(2) * torch.arange(5)).sum(2)
+    away = away * found['steps'].repeat(1, 2)
+    low, high = found['origins'] - away[:, :2], found['origins'] + away[:, 2:]
+    found['bboxes'] = torch.cat([low, high], 1)
+    return found
+
+
+TURNED = ('affine', 'rotate', 'shear')
+
+
+@pytest.mark.parametrize('name', [one for one in PIPELINES if one != 'shift'])
+def test_distributions_move_with_their_boxes(name):
+    """Their means are the moved boxes, and bins stay as far apart."""
+    pipeline = build(*PIPELINES[name])
+    set_random_seed(2)
+    said, seen = distributed(), 0
+    for turn in range(8):
+        found = pipeline(results(turn)[0])
+        if found is None:
+            continue
+        size = found['img'].shape[:2]
+        for part in found['gt_bboxes'].parts:
+            if name in TURNED:
+                with pytest.raises(ValueError, match='max_rotate_degree=0'):
+                    check_upright(part.matrix, size)
+                continue
+            check_upright(part.matrix, size)
+            here = moved(said, part.matrix, size, clip=False, edges=True)
+            mean = (here.edges.softmax(2) * here.places).sum(2)
+            torch.testing.assert_close(mean, here.bboxes, atol=1e-3, rtol=1e-4)
+            steps = here.places.diff(dim=2)
+            growth = torch.from_numpy(abs(np.diag(part.matrix)[:2])).float()
+            wanted = growth * said['steps'][0] * torch.tensor([[-1], [1]])
+            wanted = wanted.view(1, 4, 1).expand_as(steps)
+            torch.testing.assert_close(steps, wanted, atol=1e-3, rtol=1e-4)
+            seen += len(here)
+    assert seen > 8 or name in TURNED
+
+
+def test_in_a_mirror_left_is_right():
+    said = distributed()
+    flip = np.array([[-1.0, 0, WIDTH], [0, 1, 0], [0, 0, 1]])
+    # A homography is the same times any number.
+    here = moved(said, 2 * flip, (HEIGHT, WIDTH), clip=False, edges=True)
+    assert torch.equal(here.edges, said['edges'][:, [2, 1, 0, 3]])
+    x = said['origins'][:, 0]
+    torch.testing.assert_close(here.places[:, 0, 0], WIDTH - x)
+    torch.testing.assert_close(here.places[:, 0, 3], WIDTH - x - 3 * 8)
+    torch.testing.assert_close(here.places[:, 2, 3], WIDTH - x + 3 * 8)
+
+
+def test_after_a_quarter_turn_top_is_left():
+    said = distributed()
+    turn = np.array([[0, 1.0, 0], [-1.0, 0, WIDTH], [0, 0, 1]])
+    check_upright(turn, (WIDTH, HEIGHT))
+    here = moved(said, turn, (WIDTH, HEIGHT), clip=False, edges=True)
+    assert torch.equal(here.edges, said['edges'][:, [1, 2, 3, 0]])
+    mean = (here.edges.softmax(2) * here.places).sum(2)
+    torch.testing.assert_close(mean, here.bboxes)
+
+
+def test_bins_beyond_the_border_lie_on_it_where_boxes_are_cut():
+    said = distributed()
+    here = moved(said, np.eye(3), (HEIGHT, WIDTH), edges=True)
+    assert here.places.min() == 0
+    free = moved(said, np.eye(3), (HEIGHT, WIDTH), clip=False, edges=True)
+    assert free.places.min() < 0
+    limits = torch.tensor([WIDTH, HEIGHT] * 2)[:, None]
+    wanted = free.places.clamp(min=0).minimum(limits)
+    assert torch.equal(here.places, wanted)
+
+
+@pytest.mark.parametrize('lean', ['rotation', 'shear', 'perspective'])
+def test_what_leans_by_less_than_a_pixel_is_upright(lean):
+    matrix = np.eye(3)
+    place = dict(rotation=(0, 1), shear=(1, 0), perspective=(2, 0))[lean]
+    for size, fine in ((1e-6, True), (1e-3, False)):
+        matrix[place] = size / (WIDTH if lean == 'perspective' else 1)
+        if fine:
+            check_upright(matrix, (HEIGHT, WIDTH))
+        else:
+            with pytest.raises(ValueError, match='quarter turns'):
+                check_upright(matrix, (HEIGHT, WIDTH))
+
+
 @pytest.fixture
 def folder(tmp_path):
     store = Store(tmp_path / 'said', 'test')
@@ -301,6 +399,27 @@ def test_where_track_was_lost_it_is_told(folder):
 def test_a_folder_that_is_not_there_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'cache_predictions\.py'):
         LoadPredictions(tmp_path / 'none')
+
+
+def test_turned_boxes_are_told_only_where_distributions_are_wanted(tmp_path):
+    store = Store(tmp_path / 'said', 'test')
+    about = dict(precision='fp32', taps=[PREDICTIONS], complete=True, edges=5)
+    store.begin(about, 2**20)
+    store.write(b'1', {PREDICTIONS: distributed()})
+    store.close()
+    rotate, flip = PIPELINES['rotate'], PIPELINES['flip']
+    load = dict(type='mmkd.LoadPredictions', folder=str(tmp_path / 'said'))
+
+    def sample(transforms, **more):
+        pack = dict(type='PackDetInputs')
+        pipeline = build(*transforms, pack, dict(load, **more))
+        return pipeline(results(1)[0])['data_samples'].teacher_predictions
+
+    assert 'edges' not in sample(rotate)
+    with pytest.raises(ValueError, match=r'edge_weight=0 of Stored'):
+        sample(rotate, edges=True)
+    found = sample(flip, edges=True)
+    assert found.places.shape == found.edges.shape == (4, 4, 5)
 
 
 def test_it_can_be_sent_to_a_worker(folder):

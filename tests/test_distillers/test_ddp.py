@@ -1,8 +1,10 @@
 """Two processes, one term that stops half-way, no unused parameter."""
 
+import heads
 import pytest
 import tiny
 import torch
+from kept_said import keep
 from mmengine.dist import all_gather
 from mmengine.logging import MessageHub
 from mmengine.model import MMDistributedDataParallel
@@ -94,6 +96,57 @@ def attempt(teacher_file, rank, balanced=False, phases=None):
     )
 
 
+def batch_of(step):
+    """Two images of one size, the first for the first process."""
+    shapes = ((tiny.SIZE, tiny.SIZE),) * 2
+    return tiny.pixels(*tiny.batch(shapes=shapes, seed=20 + step))
+
+
+def taught_from(teacher_file, cache=0.0):
+    """A student whose own losses are divided by what all processes saw."""
+    model = heads.fcos()
+    model['backbone']['norm_eval'] = True  # else images see their neighbours
+    big = dict(
+        config=dict(model=tiny.retinanet(base=16)),
+        checkpoint=str(teacher_file),
+        cache=cache,
+    )
+    term = dict(
+        type='mmkd.FeatureTerm',
+        teacher='big',
+        levels=(0, 1),
+        align=dict(type='mmkd.ConvAdapt', in_channels=16, out_channels=16),
+        loss=dict(type='mmkd.MimicLoss', loss_weight=3.0),
+    )
+    found = tiny.build(tiny.distilled(model, dict(big=big), dict(x=term)))
+    found.init_weights()
+    return found.train()
+
+
+def learn(model, images=slice(None)):
+    """Two steps on some of the images of each batch.
+
+    Returns:
+        The weights, and what the term logged.
+    """
+    optimiser = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.01))
+    plain, logged = getattr(model, 'module', model), []
+    for step in range(2):
+        data = {key: one[images] for key, one in batch_of(step).items()}
+        logged.append(model.train_step(data, optimiser)['loss_kd_x'].item())
+    return weights(plain), logged
+
+
+def from_cache(teacher_file, rank, folder):
+    model = taught_from(teacher_file, str(folder / 'big'))
+    model.teachers['big'].detector._forward = None  # does not run
+    before = weights(model)
+    wrapped = MMDistributedDataParallel(module=model)
+    after, logged = learn(wrapped, slice(rank, rank + 1))
+    hits = model.teachers['big'].memory.hits
+    return dict(before=before, after=after, logged=logged, hits=hits)
+
+
 def work(rank, address, teacher_file, result):
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -103,6 +156,7 @@ def work(rank, address, teacher_file, result):
         touching=attempt(teacher_file, rank),
         balanced=attempt(teacher_file, rank, balanced=True),
         phases=attempt(teacher_file, rank, phases=PHASES),
+        cached=from_cache(teacher_file, rank, result.parent),
     )
     # As it would be if an idle term left its weights out of the step.
     Term.touch = lambda self: 0.0
@@ -115,6 +169,7 @@ def work(rank, address, teacher_file, result):
 def runs(teacher_file, tmp_path_factory):
     """Results of both processes."""
     folder = tmp_path_factory.mktemp('ddp')
+    keep(taught_from(teacher_file), folder, [batch_of(0), batch_of(1)])
     address = f'file://{folder / "meet"}'
     multiprocessing.start_processes(
         work,
@@ -165,6 +220,23 @@ def test_weights_by_gradient_are_those_of_all_processes(runs):
         assert run['norms'].item() > 0
     assert torch.equal(one['norms'], other['norms'])
     assert one['logged'][:2] != other['logged'][:2]
+
+
+def test_two_that_read_a_cache_are_one_that_sees_all_images(
+    runs, teacher_file
+):
+    """And whose teacher runs."""
+    one = taught_from(teacher_file)
+    before = weights(one)
+    after, logged = learn(one)
+    for run in (one['cached'] for one in runs):
+        assert run['hits'] == 2
+        assert torch.equal(run['before'], before)
+        moved = run['after'] - before
+        assert (run['after'] - after).norm() < 1e-4 * moved.norm()
+    both = torch.tensor([one['cached']['logged'] for one in runs])
+    assert (both[0] - both[1]).abs().min() > 1e-3
+    torch.testing.assert_close(both.mean(0), torch.tensor(logged))
 
 
 def test_without_touching_its_weights_the_run_would_fail(runs):

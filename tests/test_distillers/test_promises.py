@@ -212,6 +212,80 @@ def test_idle_term_runs_no_teacher(teachers, terms, monkeypatch):
     assert student.loss(*tiny.batch())['loss_kd_pkd'] == 0
 
 
+@pytest.mark.parametrize('progress', [0.0, 0.3, 0.6, 0.9])
+def test_a_teacher_runs_in_the_steps_in_which_a_term_asks_it(
+    teachers, terms, hub, progress
+):
+    """Each by itself: one is asked first, the other later."""
+    teachers['other'] = copy.deepcopy(teachers['big'])
+    terms['late'] = dict(terms['pkd'], teacher='other')
+    terms['pkd']['schedule'] = dict(type='mmkd.StopAfter', fraction=0.5)
+    terms['late']['schedule'] = dict(type='mmkd.Between', begin=0.2, end=0.8)
+    student = tiny.build(tiny.distilled(tiny.retinanet(), teachers, terms))
+    student.teachers.load()
+    ran = []
+    for name, teacher in student.teachers.items():
+        plain = teacher.detector._forward
+        teacher.detector._forward = lambda *given, name=name, run=plain: (
+            ran.append(name) or run(*given)
+        )
+    hub.update_info('max_iters', 10)
+    hub.update_info('iter', round(10 * progress))
+    student.loss(*tiny.batch())
+    wanted = dict(big=progress < 0.5, other=0.2 <= progress < 0.8)
+    assert ran == [name for name, runs in wanted.items() if runs]
+
+
+def saved(detector):
+    """Bytes that a step keeps for its backward pass, besides weights."""
+    weights = {
+        one.untyped_storage().data_ptr() for one in detector.parameters()
+    }
+    kept = {}  # holds them, or their places would be given away
+
+    def keep(one):
+        storage = one.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return one
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one)
+    with hooks:
+        detector.train().loss(*tiny.batch())
+    return sum(
+        one.nbytes() for place, one in kept.items() if place not in weights
+    )
+
+
+@pytest.mark.parametrize('base', [16, 48])
+@pytest.mark.parametrize(
+    ('loss', 'maps'),
+    [
+        # The teacher's map; the student's is kept by its own head.
+        ('MimicLoss', 1),
+        # The student's less its mean, and both of unit deviation.
+        ('PKDLoss', 3),
+    ],
+)
+def test_beside_the_student_s_own_memory_are_tapped_maps_alone(
+    tmp_path, terms, base, loss, maps
+):
+    """However wide the teacher is; 4 KiB are let for sums and masks."""
+    wide = tiny.retinanet(base=base)
+    file = tiny.save_teacher(wide, tmp_path / 'wide.pth')
+    big = dict(config=dict(model=wide), checkpoint=str(file))
+    terms['pkd']['loss'] = dict(type=f'mmkd.{loss}')
+    student = tiny.build(
+        tiny.distilled(tiny.retinanet(), dict(big=big), terms)
+    )
+    student.teachers.load()
+    with torch.no_grad():
+        images, _ = tiny.batch()
+        tapped = student.teachers['big'].detector.extract_feat(images)[:3]
+    room = sum(one.numel() * one.element_size() for one in tapped)
+    more = saved(student) - saved(tiny.build(tiny.retinanet()))
+    assert room <= more <= maps * room + 4096
+
+
 # 3. The checkpoint is the student -----------------------------------------
 
 

@@ -9,6 +9,9 @@ import torch
 from mmengine.structures import InstanceData
 from taught_by import go_to
 
+from mmkd.losses.ld import edge_divergence
+from mmkd.ops.edges import bin_places
+
 CLASSES = ('a', 'b', 'c')
 
 
@@ -50,6 +53,18 @@ def batch(seed=0, count=5):
             ),
             logits=2 * torch.randn(count, 2, generator=generator),
         )
+    return images, samples
+
+
+def with_edges(images, samples, bins=5):
+    """Distributions of edges with bins of the teacher's own."""
+    generator = torch.Generator().manual_seed(1)
+    for one in samples:
+        said = one.teacher_predictions
+        shape = len(said), 4, bins
+        said.edges = 2 * torch.randn(*shape, generator=generator)
+        steps = said.strides[:, None].expand(-1, 2)
+        said.places = bin_places(said.points - 3, steps, bins)
     return images, samples
 
 
@@ -129,6 +144,104 @@ def literal(model, images, samples):
             sums['box'] = sums['box'] + weight * error
             sums['weight'] = sums['weight'] + weight
     return {key: sums[key] / sums['weight'] for key in ('class', 'box')}
+
+
+def literal_edges(model, images, samples, temperature):
+    """Prediction by prediction, edge by edge, bin by bin."""
+    head = model.bbox_head
+    maps = head(model.extract_feat(images))[1]
+    total = weights = 0.0
+    for number, sample in enumerate(samples):
+        said = sample.teacher_predictions
+        for at in range(len(said)):
+            side, (x, y) = said.strides[at].item(), said.points[at].tolist()
+            level = min(
+                range(5),
+                key=lambda one: abs(math.log(side / (8 * 2**one))),
+            )
+            stride, (rows, columns) = 8 * 2**level, maps[level].shape[-2:]
+            row = min(int(y / stride), rows - 1)
+            column = min(int(x / stride), columns - 1)
+            logits = maps[level][number, :, row, column].view(4, -1)
+            bins = logits.shape[1]
+            probs = said.edges[at].softmax(1).tolist()
+            distance = 0.0
+            for edge in range(4):
+                # GFL's anchors stand at the corner of their cell.
+                centre = (column, row)[edge % 2] * stride
+                sign = -1 if edge < 2 else 1
+                target = [0.0] * bins
+                places = said.places[at, edge].tolist()
+                for place, prob in zip(places, probs[edge]):
+                    bin = sign * (place - centre) / stride
+                    bin = min(max(bin, 0), bins - 1)
+                    low = math.floor(bin)
+                    target[low] += prob * (1 - (bin - low))
+                    if low + 1 < bins:
+                        target[low + 1] += prob * (bin - low)
+                target = [one ** (1 / temperature) for one in target]
+                target = [one / sum(target) for one in target]
+                own = (logits[edge] / temperature).softmax(0).tolist()
+                for p, q in zip(target, own):
+                    distance += p * math.log(p / q) if p else 0
+            weight = said.logits[at].sigmoid().max().item()
+            total += weight * temperature**2 * distance / (4 * bins)
+            weights += weight
+    return total / weights
+
+
+@pytest.mark.parametrize('temperature', [1.0, 5.0])
+def test_edges_are_the_formula(temperature):
+    model = student(
+        class_weight=0, box_weight=0, edge_weight=3, temperature=temperature
+    )
+    images, samples = with_edges(*batch())
+    (found,) = shares(model, images, samples).values()
+    wanted = literal_edges(model, images, samples, temperature)
+    assert found.item() == pytest.approx(3 * wanted, rel=1e-4)
+
+
+def test_on_the_same_anchors_edges_are_ld():
+    model = student(edge_weight=1, temperature=10.0)
+    images, samples = batch()
+    head = model.bbox_head
+    with torch.no_grad():
+        maps = head(model.extract_feat(images))[1]
+    other = [one + torch.randn_like(one) for one in maps]
+    divergence = edge_divergence(maps[0], other[0], 10.0)  # N, 1, H, W
+    for number, one in enumerate(samples):
+        places = [(1, 2), (6, 5), (9, 9)]
+        corners = torch.tensor([(x * 8.0, y * 8.0) for y, x in places])
+        one.teacher_predictions = InstanceData(
+            points=corners + 4,
+            strides=torch.full((3,), 8.0),
+            bboxes=torch.cat([corners, corners + 9], 1),
+            labels=torch.zeros(3, 1, dtype=torch.long),
+            logits=torch.zeros(3, 1),
+            edges=torch.stack(
+                [other[0][number, :, y, x].view(4, 4) for y, x in places]
+            ),
+            places=bin_places(corners, torch.full((3, 2), 8.0), 4),
+        )
+    found = shares(model, images, samples)['edge']
+    wanted = torch.stack([divergence[:, 0, y, x] for y, x in places]).mean()
+    torch.testing.assert_close(found, wanted)
+
+
+def test_edges_teach_the_head_in_half_precision_too():
+    model = student(edge_weight=1, temperature=4.0)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = shares(model, *with_edges(*batch()))
+    assert found['edge'].dtype == torch.float32
+    found['edge'].backward()
+    assert model.bbox_head.gfl_reg.weight.grad.abs().sum() > 0
+
+
+def test_edges_that_are_not_there_are_told():
+    with pytest.raises(ValueError, match=r'LoadPredictions\(edges=True\)'):
+        shares(student(edge_weight=1), *batch())
+    with pytest.raises(ValueError, match=r'FCOSHead gives none'):
+        student(heads.fcos(), edge_weight=1)
 
 
 def iou(one, other):
@@ -229,6 +342,7 @@ def test_the_outer_factor_is_that_of_both_parts(weight):
     [
         (dict(loss_weight=0), True),
         (dict(class_weight=0, box_weight=0), True),
+        (dict(class_weight=0, box_weight=0, edge_weight=1), False),
         (dict(class_weight=0), False),
         (dict(), False),
     ],
