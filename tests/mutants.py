@@ -185,7 +185,7 @@ def _foreign(node: Mapping) -> bool:
 
 
 def _role(path, name):
-    if path and path[-1] == 'terms' or name in ('loss', 'align', 'schedule'):
+    if (path and path[-1] == 'terms') or name in ('loss', 'align', 'schedule'):
         return 'term' if path and path[-1] == 'terms' else name
     return {'teacher_align': 'align', 'weight': 'weight'}.get(name)
 
