@@ -81,7 +81,7 @@ def build(
         # Its class is known, so that any registry would do; one without
         # kin in mmdet would only warn of mmdet's scope.
         return MODELS.build(arguments)
-    except TypeError as error:
+    except (AssertionError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f'{role} of type {config["type"]!r}: {error}'
         ) from error

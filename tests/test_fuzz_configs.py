@@ -106,7 +106,7 @@ def legitimate(mutant: Mutant) -> str | None:
     if kind == 'dropped' or now is None:
         if _has_default(mutant):
             return 'what is left out has a default'
-        if kind == 'dropped' and _above(mutant).rpartition('.')[2] in FREE:
+        if kind == 'dropped' and (_free(mutant) or _is_a_name(mutant)):
             return 'one term, teacher or named part fewer'
     if kind == 'dropped' and mutant.place == 'phases':
         return 'one phase, in which everything counts'
@@ -155,6 +155,10 @@ def _settings(mutant: Mutant) -> Mapping:
         return {}
     registry = SCHEDULES if _above(mutant).endswith('schedule') else None
     return inspect.signature(find(node, 'it', registry)).parameters
+
+
+def _free(mutant: Mutant) -> bool:
+    return _above(mutant).rpartition('.')[2] in FREE
 
 
 def _has_default(mutant: Mutant) -> bool:
@@ -208,7 +212,9 @@ def lacks(mutant: Mutant, said: str) -> str | None:
     wrong = 'nonsense' if mutant.kind == 'unknown key' else str(mutant.now)
     if not any(one in said for one in (wrong, *wrong.split('.'))):
         return 'what came'
-    if not re.search(r'Did you mean|It has|needs|must|no config', said):
+    if not re.search(
+        r'Did you mean|It has|needs|must|takes|no config|keyword', said
+    ):
         return 'what was expected'
     return None
 
@@ -273,6 +279,101 @@ def test_every_mutant_is_refused_in_words(path, weights, tried):
     tally, wrong = try_all(path, weights, tried=tried)
     print(f'{path.stem}: {json.dumps(tally)}')
     assert wrong == []
+
+
+# Findings, one by one --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('stem', 'place', 'value', 'said'),
+    [
+        ('fgd', 'student', None, 'student is not there.*student=_base_'),
+        ('fgd', 'student', 'RetiaNet', "'RetiaNet'.*mean 'RetinaNet'"),
+        ('fgd', 'student', 7, 'student as the type of a detector.*got.*7'),
+        ('fgd', 'teachers', 'abc', "teachers as a dict of dicts.*'abc'"),
+        ('fgd', 'teachers.big', 7, 'a teacher as a dict, got big=7'),
+        ('fgd', 'teachers.big.config', 7, "'big' cannot take config=7"),
+        ('fgd', 'teachers.big.config', {}, "'big' needs the config of a det"),
+        ('fgd', 'teachers.big.checkpoint', 7, 'cannot take checkpoint=7'),
+        ('fgd', 'teachers.big.inherit', [7], 'takes inherit as.*got.*7'),
+        ('fgd', 'teachers.big.inherit', ['neck', 'neck'], "'neck' twice"),
+        ('fgd', 'teachers.big.sham', 'abc', "sham=True or.*sham='abc'"),
+        (
+            'fgd',
+            'teachers.big.cfg_options',
+            {'model.bbox_hed.num_classes': 6},
+            "'big': no detector can be built of .*retinanet_teacher.*bbox_hed",
+        ),
+        ('fgd', 'terms', 7, 'terms as a dict of dicts by name, got terms=7'),
+        ('fgd', 'terms.fgd', 7, 'a term as a dict, got fgd=7'),
+        ('fgd', 'terms.fgd.teacher', None, "'fgd'.*no teacher None.*'big'"),
+        ('fgd', 'terms.fgd.type', 'mmkd.PKDLoss', 'be a term.*PKDLoss'),
+        (
+            'fgd',
+            'terms.fgd.loss.type',
+            'mmkd.ConvAdapt',
+            'loss must be one of mmkd.losses, got ConvAdapt',
+        ),
+        ('fgd', 'terms.fgd.tap', 7, 'tap as a name or a list.*got tap=7'),
+        ('fgd', 'terms.fgd.tap', [], 'nothing to compare with tap='),
+        ('fgd', 'terms.fgd.levels', [0, 1, 1], '1 twice in levels='),
+        ('fgd', 'terms.fgd.levels', 'abc', "levels are positions.*'abc'"),
+        ('fgd', 'terms.fgd.levels', [0, None, 2], 'positions.*None'),
+        ('fgd', 'terms.fgd.schedule', [], 'schedule must be a dict.*got'),
+        ('fgd', 'phases', [dict(length='abc')], "length as a number.*'abc'"),
+        ('fgd', 'phases', [dict(length=float('inf'))], 'that ends, got'),
+        ('fgd', 'phases', [dict(supervised='abc')], "True or False.*'abc'"),
+        ('fgd', 'phases', [dict(train=7)], 'Phase 1 takes train as.*=7'),
+        ('fgd', 'phases', [dict(terms=['fgd', 'fgd'])], "'fgd' twice"),
+        ('soft-target', 'terms.*.output', 'abc', 'output is the position'),
+        ('soft-target', 'terms.*.output', -1, 'output is the pos.*output=-1'),
+        ('balanced', 'terms.both.terms', 'abc', "terms as a dict.*'abc'"),
+        ('head', 'terms.head.terms', [], 'terms as a dict'),
+        ('p2p', 'terms.p2p.peers', 7, 'peers as a dict of dicts'),
+        (
+            'hpm-kd',
+            'terms.fused.temperature.polcy',
+            'cosine',
+            "setting in temperature 'polcy'.*'policy'",
+        ),
+        (
+            'hpm-kd',
+            'terms.fused.losses.scores.output',
+            -1,
+            "output of 'scores' as the position.*-1",
+        ),
+    ],
+)
+def test_a_wrong_field_says_what_was_expected_and_what_came(
+    stem, place, value, said, weights
+):
+    path = next(one for one in PATHS if one.stem == f'{stem}_tiny')
+    model = taught_by.tiny_model(path, weights)
+    *above, last = place.split('.')
+    node = model
+    for name in above:
+        node = next(iter(node.values())) if name == '*' else node[name]
+    node[last] = value
+    with pytest.raises(ValueError, match=f'(?s){said}'):
+        MODELS.build(model)
+
+
+def test_what_fails_deep_inside_is_said_of_its_term(weights):
+    path = next(one for one in PATHS if one.stem == 'pkd_tiny')
+    model = taught_by.tiny_model(path, weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmkd.losses.pkd.pkd_loss', lambda *_: {}['nothing'])
+        with pytest.raises(ValueError, match="'pkd': a setting does not fit"):
+            MODELS.build(model)
+
+
+def test_a_misspelt_key_of_the_distiller_is_no_setting_of_the_student(weights):
+    path = next(one for one in PATHS if one.stem == 'fgd_tiny')
+    for wrong, right in (('phaes', 'phases'), ('tems', 'terms')):
+        model = taught_by.tiny_model(path, weights)
+        model[wrong] = model.pop(right, [])
+        with pytest.raises(ValueError, match=f"{wrong}'.*mean '{right}'"):
+            MODELS.build(model)
 
 
 # The mutants themselves ------------------------------------------------------

@@ -46,14 +46,14 @@ class GroupTerm(Term):
     ) -> None:
         super().__init__(schedule)
         who = type(self).__name__
-        if self.needs_terms and not terms:
-            raise ValueError(f'{who} needs at least one term.')
-        if terms and not isinstance(terms, Mapping):
+        if terms is not None and not isinstance(terms, Mapping):
             raise ValueError(
                 f'{who} takes terms as a dict of terms by name, got '
                 f'terms={terms!r}. Write for instance '
                 f"terms=dict(pkd=dict(type='mmkd.FeatureTerm', …))."
             )
+        if self.needs_terms and not terms:
+            raise ValueError(f'{who} needs at least one term.')
         self.terms = nn.ModuleDict(
             {
                 name: build_term(config, f'the term {name!r} in {who}')
