@@ -10,6 +10,15 @@ from typing import Any
 from mmkd.checks import check_name
 from mmkd.registry import MODELS, SharedRegistry
 
+#: Where components of a role stand; those of others may be anywhere.
+FAMILIES = {
+    'loss': ('mmkd.losses',),
+    'align': ('mmkd.necks',),
+    'teacher_align': ('mmkd.necks',),
+    'weight': ('mmkd.terms.weights',),
+    'term': ('mmkd.terms',),
+}
+
 
 def find(
     config: Mapping, role: str, registry: SharedRegistry | None = None
@@ -41,7 +50,8 @@ def find(
     with suppress(KeyError, RuntimeError):
         if (found := (registry.peer or registry).get(kind)) is not None:
             return found
-    check_name(role, 'type', kind, registry.module_dict)
+    peer = registry.peer.module_dict if registry.peer else ()
+    check_name(role, 'type', kind, [*registry.module_dict, *peer])
     return registry.get(kind)
 
 
@@ -64,16 +74,31 @@ def build(
             arguments.
     """
     kind = find(config, role, registry)
+    _check_family(role, kind)
     _check_settings(config, role, kind)
     arguments = {**defaults, **config, 'type': kind}
     try:
         # Its class is known, so that any registry would do; one without
         # kin in mmdet would only warn of mmdet's scope.
         return MODELS.build(arguments)
-    except TypeError as error:
+    except (AssertionError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f'{role} of type {config["type"]!r}: {error}'
         ) from error
+
+
+def _check_family(role: str, kind: Any) -> None:
+    """What is one of mmkd's must be meant for the role it is given."""
+    wanted = FAMILIES.get(role.rpartition('.')[2].rpartition(' ')[2])
+    home = getattr(kind, '__module__', '')
+    if wanted is None or not home.startswith('mmkd.'):
+        return
+    if not f'{home}.'.startswith(tuple(f'{one}.' for one in wanted)):
+        raise ValueError(
+            f'{role} must be one of {" or ".join(wanted)}, got '
+            f'{kind.__name__} of {home}. Name another type, or move it to '
+            f'the key that takes it.'
+        )
 
 
 def _check_settings(config: Mapping, role: str, kind: Callable) -> None:

@@ -86,12 +86,53 @@ def suggest(name: str, known: Iterable[str]) -> str:
         "Did you mean 'neck'?"
     """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     if near:
         return f'Did you mean {near[0]!r}?'
     shown = ', '.join(repr(one) for one in known[:12])
     more = ', …' if len(known) > 12 else ''
     return f'It has {shown}{more}.' if shown else 'It has none.'
+
+
+def check_once(who: str, what: str, names: Iterable) -> None:
+    """Nothing of a list may stand in it twice.
+
+    Raises:
+        ValueError: Names the first that does.
+    """
+    names = list(names)
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise ValueError(
+                f'{who} names each once in {what}, got {name!r} twice in '
+                f'{what}={tuple(names)!r}. Leave one of them out.'
+            )
+
+
+def check_names(who: str, what: str, names: object) -> tuple[str, ...]:
+    """Names, one or several, each once.
+
+    Returns:
+        All of them.
+
+    Raises:
+        ValueError: If it is neither a name nor a list of names, or one
+            stands there twice.
+
+    Example:
+        >>> check_names('FeatureTerm', 'tap', 'neck')
+        ('neck',)
+    """
+    found = (names,) if isinstance(names, str) else names
+    if not isinstance(found, (list, tuple)) or not all(
+        isinstance(one, str) for one in found
+    ):
+        raise ValueError(
+            f'{who} takes {what} as a name or a list of names, got '
+            f"{what}={names!r}. Write for instance {what}='neck'."
+        )
+    check_once(who, what, found)
+    return tuple(found)
 
 
 def check_positive(who: str, **values: float) -> None:

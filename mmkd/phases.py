@@ -7,6 +7,7 @@ alone, so that a resumed training is where the uninterrupted one was.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmkd.checks import check_name, check_positive, suggest
+from mmkd.checks import check_name, check_names, check_positive, suggest
 from mmkd.taps import in_forward
 
 #: Where the parameters of terms stand in a distilled student.
@@ -55,10 +56,20 @@ class Phase:
         known = [one.name for one in fields(cls)]
         for setting in config:
             check_name(who, 'setting', setting, known)
-        phase = cls(
-            **{name: _names(value) for name, value in config.items()},
-        )
+        lists = {
+            name: check_names(who, name, config[name])
+            for name in ('train', 'freeze', 'terms')
+            if name in config and config[name] is not None
+        }
+        phase = cls(**{**config, 'freeze': (), **lists})
+        _check_kind(who, 'length', phase.length, (int, float))
+        _check_kind(who, 'supervised', phase.supervised, (bool,))
         check_positive(who, length=phase.length)
+        if math.isinf(phase.length):
+            raise ValueError(
+                f'{who} needs a length that ends, got length=inf. Lengths '
+                f'are relative: write for instance length=3.'
+            )
         return phase
 
     def counts(self, term: str) -> bool:
@@ -283,10 +294,13 @@ def _is_list(configs: Any) -> bool:
     )
 
 
-def _names(value: Any) -> Any:
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, (list, tuple)) else value
+def _check_kind(who: str, name: str, value: Any, kinds: tuple) -> None:
+    if type(value) not in kinds:
+        what = 'True or False' if kinds == (bool,) else 'a number'
+        raise ValueError(
+            f'{who} takes {name} as {what}, got {name}={value!r}. Leave it '
+            f'out for {getattr(Phase, name)}.'
+        )
 
 
 def _inside(path: str, parts: Sequence[str]) -> bool:

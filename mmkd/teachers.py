@@ -26,7 +26,7 @@ from mmengine.logging import print_log
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmkd.checks import check_name
+from mmkd.checks import check_name, check_names
 from mmkd.classes import (
     check_class_names,
     head_classes,
@@ -124,11 +124,19 @@ class Teacher:
         device: str | torch.device | None = None,
         name: str = 'teacher',
     ) -> None:
+        self._check_kinds(name, config, checkpoint, cfg_options, inherit)
+        _check_flags(name, ema=ema, sham=sham)
         self.name, self.checkpoint, self.ema = name, checkpoint, ema
         self.inherit, self.sham = inherit, sham
         self.device = _device(f'Teacher {name!r}', device)
         self.source = config if isinstance(config, (str, Path)) else 'a dict'
         config = read_config(config, f'Teacher {name!r}', cfg_options)
+        if not isinstance(config.get('model'), Mapping):
+            raise ValueError(
+                f'Teacher {name!r} needs the config of a detector, with a '
+                f'model; {self.source} has none. Name another, for instance '
+                f"config='mmdet::retinanet/retinanet_r101_fpn_2x_coco.py'."
+            )
         self._model = without_init(student_config(config.model))
         self.names: tuple[str | None, ...] | None = None
         self.shared: tuple[int, ...] | None = None
@@ -143,6 +151,30 @@ class Teacher:
         self.paths: list[str] = []
         self.classes: tuple[str, ...] | None = None
         self.loaded = False
+
+    @staticmethod
+    def _check_kinds(
+        name: str, config: Any, checkpoint: Any, options: Any, inherit: Any
+    ) -> None:
+        """Each argument must be of a kind that can be meant."""
+        for key, value, kinds, example in (
+            ('config', config, (str, Path, Mapping, Config), "'FILE.py'"),
+            ('checkpoint', checkpoint, (str, Path, type(None)), "'FILE.pth'"),
+            (
+                'cfg_options',
+                options,
+                (Mapping, type(None)),
+                "{'model.bbox_head.num_classes': 3}",
+            ),
+        ):
+            if not isinstance(value, kinds):
+                raise ValueError(
+                    f'Teacher {name!r} cannot take {key}={value!r}, of type '
+                    f'{type(value).__name__}. Write for instance '
+                    f'teachers=dict({name}=dict({key}={example})).'
+                )
+        if not isinstance(inherit, bool):
+            check_names(f'Teacher {name!r}', 'inherit', inherit)
 
     def _memory(self, cache: float | str | Mapping[str, str]) -> Memory | None:
         who = f'Teacher {self.name!r}'
@@ -176,7 +208,7 @@ class Teacher:
 
     def _built(self, classes: Sequence[str | None] | None) -> nn.Module:
         if classes is None:
-            return DETECTORS.build(copy.deepcopy(self._model))
+            return _detector(self.name, self.source, self._model)
         who = f'Teacher {self.name!r}'
         self.names = check_class_names(who, classes)
         self.shared = shared_classes(self.names)
@@ -196,7 +228,7 @@ class Teacher:
     def _of_classes(self, count: int) -> nn.Module:
         # Detectors write into the config that they are built from.
         model = with_classes(copy.deepcopy(self._model), count)
-        return DETECTORS.build(model)
+        return _detector(self.name, self.source, model)
 
     def __deepcopy__(self, memo: dict) -> Teacher:
         return self  # copies of the student, such as an EMA, share it
@@ -553,6 +585,28 @@ class Teacher:
                 f'inherit=False.'
             )
         return parts
+
+
+def _check_flags(name: str, **flags: Any) -> None:
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(
+                f'Teacher {name!r} takes {key}=True or {key}=False, got '
+                f'{key}={value!r}.'
+            )
+
+
+def _detector(name: str, source: str | Path, model: Mapping) -> nn.Module:
+    """Build a teacher; what its detector says of its settings is told."""
+    try:
+        # Detectors write into the config that they are built from.
+        return DETECTORS.build(copy.deepcopy(model))
+    except (AssertionError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'Teacher {name!r}: no detector can be built of {source} '
+            f'({type(error).__name__}: {error}). Name the config it was '
+            f'trained with, and look at cfg_options.'
+        ) from error
 
 
 def _second_names(

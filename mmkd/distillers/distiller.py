@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import SequenceMatcher
 from functools import cache
 from typing import Any, Protocol
 
@@ -18,8 +20,8 @@ from mmengine.model import BaseModel
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmkd.build import build
-from mmkd.checks import check_name
+from mmkd.build import find
+from mmkd.checks import check_name, suggest
 from mmkd.classes import a_few, by_name, head_classes, training_classes
 from mmkd.distillers.guard import Guard
 from mmkd.distillers.unlabelled import labelled_first, partly_labelled
@@ -31,19 +33,30 @@ from mmkd.structures import Step
 from mmkd.structures.step import Shower
 from mmkd.taps import Record, counting, in_forward, recording, resolve
 from mmkd.teachers import Teacher, Teachers, run_detector
-from mmkd.terms.term import Term
+from mmkd.terms.term import Term, build_term
 
 #: Sides of the random image on which pairs are checked while the model is
 #: built, pixels: multiples of the stride 128. The larger one is for detectors
 #: that need it, such as those that choose hundreds of queries among the cells.
 CHECK_SIZES = (128, 384)
+#: How alike a key of the student's and a missing one of the distiller's must
+#: be to be taken for it.
+NEAR = 0.75
+#: What a setting of a wrong type, size or range fails with, deep inside.
+DEEP = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,
+)
 
 
 @MODELS.register_module(name='Distiller')
 def distil(
-    student: str | Mapping,
-    teachers: Mapping,
-    terms: Mapping,
+    student: str | Mapping | None = None,
+    teachers: Mapping | None = None,
+    terms: Mapping | None = None,
     phases: Sequence[Mapping] | None = None,
     **detector: Any,
 ) -> BaseModel:
@@ -73,9 +86,14 @@ def distil(
         An instance of the student's class, with the student's state.
 
     Raises:
-        ValueError: If names, levels, channels or sizes do not fit.
+        ValueError: If a key is missing or misspelt, or names, levels,
+            channels or sizes do not fit.
         FileNotFoundError: If a teacher's config does not exist.
     """
+    _check_own_keys(
+        dict(student=student, teachers=teachers, terms=terms, phases=phases),
+        detector,
+    )
     if isinstance(student, Mapping):
         _refuse_extras(detector)
         config = copy.deepcopy(dict(student))
@@ -85,6 +103,51 @@ def distil(
     model.__class__ = distilling(type(model))
     model.attach(teachers, terms, phases)
     return model
+
+
+def _check_own_keys(own: Mapping, detector: Mapping) -> None:
+    """What makes a student learn must be there, and of its kind."""
+    absent = [name for name, value in own.items() if value is None]
+    for key in detector:
+        near = [
+            name
+            for name in absent
+            if SequenceMatcher(None, key, name).ratio() > NEAR
+        ]
+        if near:
+            raise ValueError(
+                f'Distiller has no setting {key!r}. {suggest(key, near)}'
+            )
+    missing = [name for name in absent if name != 'phases']
+    if missing:
+        raise ValueError(
+            f'Distiller needs student, teachers and terms; '
+            f'{", ".join(missing)} is not there. Write '
+            f'student=_base_.model.type, teachers=dict(…), terms=dict(…); '
+            f'teachers={{}} if there are none.'
+        )
+    student = own['student']
+    if isinstance(student, str):
+        find(dict(type=student), 'student')
+    elif not isinstance(student, (Mapping, type)):
+        raise ValueError(
+            f'Distiller takes student as the type of a detector, whose '
+            f'settings stand beside it, or as a whole config; got '
+            f'student={student!r}. Write student=_base_.model.type.'
+        )
+    for key, one in (('teachers', 'teacher'), ('terms', 'term')):
+        if not isinstance(own[key], Mapping):
+            raise ValueError(
+                f'Distiller takes {key} as a dict of dicts by name, got '
+                f'{key}={own[key]!r}. Write {key}=dict(NAME=dict(…)).'
+            )
+        for name, config in own[key].items():
+            if not isinstance(config, Mapping):
+                raise ValueError(
+                    f'Distiller takes a {one} as a dict, got {name}='
+                    f'{config!r} among {key}. Write '
+                    f'{key}=dict({name}=dict(…)).'
+                )
 
 
 def _refuse_extras(detector: Mapping) -> None:
@@ -179,7 +242,7 @@ class Distilling:
             teacher.paths.clear()
         for name, config in terms.items():
             with _naming(name):
-                term = build(config, 'the term')
+                term = build_term(config, 'the term')
                 term.name = name
                 term.bind(self, self.teachers)
             self.terms[name] = term
@@ -538,8 +601,37 @@ def _naming(term: str) -> Iterator[None]:
     """Say in which term something went wrong."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
         raise ValueError(f'Term {term!r}: {error}') from error
+    except (RuntimeError, *DEEP) as error:
+        raise ValueError(f'Term {term!r}: {_deep(error)}') from error
+
+
+def _deep(error: Exception) -> str:
+    """What failed in a component, where, and where to read about it."""
+    text = str(error) or 'no message'
+    places = [
+        (frame.f_globals.get('__name__', ''), line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    worded = type(error) is RuntimeError and places[-1][0].startswith('mmkd.')
+    home, line = next(
+        (
+            one
+            for one in reversed(places)
+            if one[0].startswith('mmkd.') and one[0] != __name__
+        ),
+        ('', 0),
+    )
+    if worded or not home:
+        return text
+    return (
+        f'a setting does not fit; {home}, line {line}, failed with '
+        f'{type(error).__name__}: {text}. Compare the type, range and number '
+        f'of each with what it documents: python -c "help(\'{home}\')"'
+    )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.build import build, find
-from mmkd.checks import check_name
+from mmkd.checks import check_name, check_names, check_once
 from mmkd.classes import class_channels
 from mmkd.ops.masks import equal_weight
 from mmkd.registry import MODELS
@@ -81,9 +81,11 @@ class FeatureTerm(Term):
     ) -> None:
         super().__init__(schedule)
         self.teacher = teacher
-        self.taps = _paths(tap)
+        self.taps = _paths('tap', tap)
         self.teacher_taps = (
-            self.taps if teacher_tap is None else _paths(teacher_tap)
+            self.taps
+            if teacher_tap is None
+            else _paths('teacher_tap', teacher_tap)
         )
         self.levels = _indices('levels', levels)
         self.teacher_levels = (
@@ -91,9 +93,11 @@ class FeatureTerm(Term):
             if teacher_levels is None
             else _indices('teacher_levels', teacher_levels)
         )
-        self.output = output
+        self.output = _output('output', output)
         self.teacher_output = (
-            output if teacher_output is None else teacher_output
+            output
+            if teacher_output is None
+            else _output('teacher_output', teacher_output)
         )
         count = None if self.levels is None else len(self.levels)
         self.align = _build_align(align, 'align', count)
@@ -337,8 +341,23 @@ def _refuse_queries(detector: nn.Module, path: str, side: str) -> None:
         )
 
 
-def _paths(tap: str | Sequence[str]) -> tuple[str, ...]:
-    return (tap,) if isinstance(tap, str) else tuple(tap)
+def _paths(name: str, tap: str | Sequence[str]) -> tuple[str, ...]:
+    paths = check_names('FeatureTerm', name, tap)
+    if not paths:
+        raise ValueError(
+            f'FeatureTerm has nothing to compare with {name}={tap!r}. Write '
+            f"for instance {name}='neck'."
+        )
+    return paths
+
+
+def _output(name: str, output: int | None) -> int | None:
+    if output is not None and (type(output) is not int or output < 0):
+        raise ValueError(
+            f"{name} is the position of one of a head's outputs, 0 for the "
+            f'first; got {name}={output!r}. Write for instance {name}=0.'
+        )
+    return output
 
 
 def _list(paths: Sequence[str]) -> str:
@@ -364,13 +383,19 @@ def _indices(
 ) -> tuple[int, ...] | None:
     if levels is None:
         return None
-    levels = (levels,) if isinstance(levels, int) else tuple(levels)
-    if not levels or any(level < 0 for level in levels):
+    found = (levels,) if isinstance(levels, int) else levels
+    if (
+        not isinstance(found, (list, tuple))
+        or not found
+        or any(type(level) is not int or level < 0 for level in found)
+    ):
         raise ValueError(
             f'{name} are positions in the pyramid, 0 is the finest; got '
-            f'{levels}.'
+            f'{levels!r}. Write for instance {name}=(0, 1, 2).'
         )
-    return levels
+    if name == 'levels':  # one level of a teacher may teach several
+        check_once('FeatureTerm', name, found)
+    return tuple(found)
 
 
 def _check_pairing(

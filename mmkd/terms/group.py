@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from mmkd.build import build
 from mmkd.structures import Step
-from mmkd.terms.term import Term
+from mmkd.terms.term import Term, build_term
 
 if TYPE_CHECKING:
     from mmkd.teachers import Teacher
@@ -47,11 +46,17 @@ class GroupTerm(Term):
     ) -> None:
         super().__init__(schedule)
         who = type(self).__name__
+        if terms is not None and not isinstance(terms, Mapping):
+            raise ValueError(
+                f'{who} takes terms as a dict of terms by name, got '
+                f'terms={terms!r}. Write for instance '
+                f"terms=dict(pkd=dict(type='mmkd.FeatureTerm', …))."
+            )
         if self.needs_terms and not terms:
             raise ValueError(f'{who} needs at least one term.')
         self.terms = nn.ModuleDict(
             {
-                name: build(config, f'the term {name!r} in {who}')
+                name: build_term(config, f'the term {name!r} in {who}')
                 for name, config in (terms or {}).items()
             }
         )

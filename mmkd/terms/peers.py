@@ -128,7 +128,16 @@ class PeersTerm(Term):
         super().__init__(schedule)
         check_positive(_WHO, temperature=temperature)
         check_name(_WHO, 'pairing', pairing, PAIRINGS)
-        peers = dict(peers or {})
+        peers = {} if peers is None else peers
+        if not isinstance(peers, Mapping) or not all(
+            isinstance(one, Mapping) for one in peers.values()
+        ):
+            raise ValueError(
+                f'{_WHO} takes peers as a dict of dicts by name, got '
+                f'peers={peers!r}. Write for instance '
+                f"peers=dict(b=dict(config='FILE.py'))."
+            )
+        peers = dict(peers)
         _check_company(peers, teacher, online_teacher)
         self.teacher, self.head = teacher, head
         self.alpha, self.beta = alpha, beta

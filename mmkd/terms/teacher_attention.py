@@ -15,6 +15,7 @@ from mmkd.build import build
 from mmkd.checks import (
     check_channels,
     check_name,
+    check_once,
     check_positive,
     check_same_shape,
 )
@@ -202,6 +203,7 @@ class TeacherAttentionTerm(Term):
         self.teachers = (
             (teachers,) if isinstance(teachers, str) else tuple(teachers)
         )
+        check_once(_WHO, 'teachers', self.teachers)
         if len(set(self.teachers)) < 2:
             raise ValueError(
                 f'{_WHO} weighs two teachers or more against each other, got '
@@ -228,10 +230,16 @@ class TeacherAttentionTerm(Term):
             )
         self.outputs, self.losses = {}, nn.ModuleDict()
         for name, one in losses.items():
-            if set(one) != {'output', 'loss'}:
+            if not isinstance(one, Mapping) or set(one) != {'output', 'loss'}:
                 raise ValueError(
                     f'{_WHO} takes losses={{{name!r}: dict(output=…, '
-                    f'loss=dict(type=…))}}, got {sorted(one)}. Give both.'
+                    f'loss=dict(type=…))}}, got {one!r}. Give both.'
+                )
+            if type(one['output']) is not int or one['output'] < 0:
+                raise ValueError(
+                    f'{_WHO} takes output of {name!r} as the position of one '
+                    f"of a head's outputs, 0 for the first; got "
+                    f'output={one["output"]!r}. Write for instance output=0.'
                 )
             self.outputs[name] = one['output']
             self.losses[name] = build(one['loss'], f'the loss {name!r}')
@@ -241,6 +249,9 @@ class TeacherAttentionTerm(Term):
                     f'{one["loss"]["type"]} does not. Choose a loss on '
                     f'outputs of heads, such as mmkd.SoftTargetLoss.'
                 )
+        known = inspect.signature(Temperature).parameters
+        for name in temperature or {}:
+            check_name(_WHO, 'setting in temperature', name, known)
         self.temperature = (
             None if temperature is None else Temperature(**temperature)
         )

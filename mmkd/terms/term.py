@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mmengine.dist import is_distributed
 from torch import Tensor, nn
 
-from mmkd.build import build
+from mmkd.build import build, find
 from mmkd.registry import SCHEDULES
 from mmkd.schedules import Constant
 from mmkd.structures import Step
@@ -40,7 +40,9 @@ class Term(nn.Module, ABC):
     def __init__(self, schedule: Mapping | None = None) -> None:
         super().__init__()
         self.schedule = (
-            build(schedule, 'schedule', SCHEDULES) if schedule else Constant()
+            Constant()
+            if schedule is None
+            else build(schedule, 'schedule', SCHEDULES)
         )
         self.name = type(self).__name__
         self.student_paths: list[str] = []
@@ -114,3 +116,23 @@ class Term(nn.Module, ABC):
             0.0 * one.sum() for one in self.parameters() if one.requires_grad
         ]
         return sum(zeros, 0.0)
+
+
+def build_term(config: Mapping, role: str) -> Term:
+    """Build a summand.
+
+    Args:
+        config: Its dict, with ``type``.
+        role: Where it stands, for instance ``'the term'``.
+
+    Raises:
+        ValueError: If the type is none of a term, or refuses its settings.
+    """
+    kind = find(config, role)
+    if not (isinstance(kind, type) and issubclass(kind, Term)):
+        raise ValueError(
+            f'{role} must be a term, got type={config["type"]!r}. A loss is '
+            f"named inside of one: dict(type='mmkd.FeatureTerm', teacher=…, "
+            f'loss=dict(type=…)).'
+        )
+    return build(config, role)

@@ -1,0 +1,409 @@
+"""Shipped configs with one wrong field: refused, and the message says where.
+
+A fixed part of them is tried by the ordinary suite, all of the tiny ones by
+``make soak``.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import taught_by
+import torch
+from mmdet.registry import MODELS
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+from mutants import FREE, LEVELS, MISSING, TAPS, Mutant, misspelt, mutants
+
+import mmkd.distillers.distiller
+import mmkd.teachers
+from mmkd.build import find
+from mmkd.laboratory.catalogue import tiny_configs
+from mmkd.phases import Phase
+from mmkd.registry import SCHEDULES
+from mmkd.teachers import Teacher
+
+ROOT = Path(__file__).parents[1]
+PATHS = [
+    path for path in tiny_configs(ROOT) if 'mmkd.Distiller' in path.read_text()
+]
+#: Those of which some mutants are tried by the ordinary suite, and how many.
+QUICK = ('amd_tiny', 'balanced_tiny', 'cmkd-proposal_tiny')
+EACH = 25
+#: Fields that say how parts fit, and what is done to them. What else a loss,
+#: a term or a neck takes is its own affair, and has tests of its own.
+STRUCTURE = {
+    *TAPS,
+    *LEVELS,
+    'type',
+    'student',
+    'teachers',
+    'teacher',
+    'terms',
+    'phases',
+    'loss',
+    'align',
+    'schedule',
+    'config',
+    'checkpoint',
+    'length',
+    'supervised',
+}
+PLAIN = ('value of another type', 'number out of range', 'size by one')
+MISSPELT = (
+    'key misspelt',
+    'type misspelt',
+    'tap misspelt',
+    'name misspelt',
+    'unknown key',
+)
+
+weights = taught_by.weights
+
+
+class Kept:
+    """Builds a detector once, and hands out copies."""
+
+    def __init__(self):
+        self.built = {}
+
+    def build(self, config):
+        key = json.dumps(config, default=str, sort_keys=True)
+        if key not in self.built:
+            self.built[key] = MODELS.build(copy.deepcopy(config))
+        return copy.deepcopy(self.built[key])
+
+
+@pytest.fixture(scope='module', autouse=True)
+def detectors_are_built_once():
+    """Thousands of mutants are of the same few detectors."""
+    logger = MMLogger.get_current_instance()
+    level, kept = logger.level, Kept()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # tiny configs name their teachers from there
+        patch.setattr(mmkd.distillers.distiller, 'DETECTORS', kept)
+        patch.setattr(mmkd.teachers, 'DETECTORS', kept)
+        init_default_scope('mmdet')
+        logger.setLevel('CRITICAL')
+        yield
+        logger.setLevel(level)
+
+
+# Those that are other settings -----------------------------------------------
+
+
+def legitimate(mutant: Mutant) -> str | None:
+    """Why a mutant is another config, and no wrong one."""
+    key, kind, now = mutant.key, mutant.kind, mutant.now
+    if kind == 'dropped' or now is None:
+        if _has_default(mutant):
+            return 'what is left out has a default'
+        if kind == 'dropped' and (_free(mutant) or _is_a_name(mutant)):
+            return 'one term, teacher or named part fewer'
+    if kind == 'dropped' and mutant.place == 'phases':
+        return 'one phase, in which everything counts'
+    if kind == 'too short' and now:
+        return 'one part fewer'
+    if kind == 'too long' and key in ('teacher_levels', 'phases'):
+        return 'one level may teach several; a phase may come again'
+    if kind == 'reversed':
+        return 'the same parts in another order'
+    if kind == 'key misspelt' and _is_a_name(mutant):
+        return "a name of the user's own"
+    if kind == 'number out of range' and now == 0 and 'weight' in key:
+        return 'a part that is switched off'
+    return None
+
+
+def plain(mutant: Mutant) -> bool:
+    """Whether it is a value that a loss, a term or a neck has to check."""
+    return (
+        mutant.place.startswith('terms.')
+        and mutant.key not in STRUCTURE
+        and mutant.kind in (*PLAIN, 'too long', 'too short', 'reversed')
+    )
+
+
+def _above(mutant: Mutant) -> str:
+    return mutant.place.rpartition('.')[0]
+
+
+def _node(mutant: Mutant):
+    """The dict that the field stands in, as it is now."""
+    node = mutant.model
+    for name, number in re.findall(r'(\w+)|\[(\d+)\]', _above(mutant)):
+        node = node[name] if name else node[int(number)]
+    return node
+
+
+def _settings(mutant: Mutant) -> Mapping:
+    """Parameters of what is built of that dict, by name."""
+    node = _node(mutant)
+    if re.fullmatch(r'teachers\.\w+', _above(mutant)):
+        return inspect.signature(Teacher).parameters
+    if _above(mutant).startswith('phases'):
+        return inspect.signature(Phase).parameters
+    if not isinstance(node, Mapping) or 'type' not in node:
+        return {}
+    registry = SCHEDULES if _above(mutant).endswith('schedule') else None
+    return inspect.signature(find(node, 'it', registry)).parameters
+
+
+def _free(mutant: Mutant) -> bool:
+    return _above(mutant).rpartition('.')[2] in FREE
+
+
+def _has_default(mutant: Mutant) -> bool:
+    if mutant.place.endswith(']'):
+        return False
+    found = _settings(mutant).get(mutant.key)
+    return found is not None and found.default is not inspect.Parameter.empty
+
+
+def _is_a_name(mutant: Mutant) -> bool:
+    """Whether the dict holds names that the user chose."""
+    node = _node(mutant)
+    return isinstance(node, Mapping) and 'type' not in node
+
+
+# What becomes of one ---------------------------------------------------------
+
+
+def outcome(mutant: Mutant) -> tuple[str, str]:
+    """Where it is caught, or 'accepted', or 'crash'; and what is said."""
+    try:
+        model = MODELS.build(copy.deepcopy(mutant.model))
+    except (FileNotFoundError, ValueError) as error:
+        return 'build', str(error)
+    except Exception as error:
+        return 'crash', f'{type(error).__name__}: {error}'
+    if legitimate(mutant):
+        return 'legitimate', ''
+    try:  # what the check and a training do at their beginning
+        model.teachers.check_files()
+        model.init_weights()
+        model.train()
+        model.loss(*taught_by.batch(model))
+        model._guard.check()
+    except (FileNotFoundError, FloatingPointError, ValueError) as error:
+        return 'check', str(error)
+    except Exception as error:
+        return 'crash', f'{type(error).__name__}: {error}'
+    return 'accepted', ''
+
+
+def lacks(mutant: Mutant, said: str) -> str | None:
+    """What a message does not say and should."""
+    place = mutant.place.split('.')
+    names = [one.partition('[')[0] for one in place]
+    who = {*names, 'Distiller', 'Phase', 'phases', 'student'}
+    if not any(re.search(rf'\b{one}', said) for one in who):
+        return 'who complains'
+    if mutant.kind not in MISSPELT:
+        return None
+    wrong = 'nonsense' if mutant.kind == 'unknown key' else str(mutant.now)
+    if not any(one in said for one in (wrong, *wrong.split('.'))):
+        return 'what came'
+    if not re.search(
+        r'Did you mean|It has|needs|must|takes|no config|keyword', said
+    ):
+        return 'what was expected'
+    return None
+
+
+def identity(mutant: Mutant) -> str:
+    """The same for mutants of which one is enough.
+
+    What teachers are told is tried once for each pair of detectors.
+    """
+    parts = dict(mutant.model)
+    if mutant.place.startswith(('teachers', 'student')):
+        parts.pop('terms', None)
+    return json.dumps([mutant.place, parts], default=str, sort_keys=True)
+
+
+def try_all(
+    path: Path, weights, chosen=None, tried=None
+) -> tuple[Counter, list[str]]:
+    """What became of a config's mutants, and what should not have."""
+    tried = set() if tried is None else tried
+    model = taught_by.tiny_model(path, weights)
+    tally, wrong = Counter(), []
+    for number, mutant in enumerate(mutants(model)):
+        if chosen is not None and number not in chosen:
+            continue
+        if plain(mutant):
+            tally['left to the component'] += 1
+            continue
+        if (key := identity(mutant)) in tried:
+            tally['tried before'] += 1
+            continue
+        tried.add(key)
+        torch.manual_seed(0)
+        where, said = outcome(mutant)
+        tally[where] += 1
+        missing = lacks(mutant, said) if where in ('build', 'check') else None
+        if where in ('crash', 'accepted') or missing:
+            wrong.append(f'{path.stem} {mutant} [{where}] {missing}: {said}')
+    return tally, wrong
+
+
+def test_a_part_of_the_mutants_is_refused_in_words(weights):
+    draw = random.Random(0)
+    for path in (one for one in PATHS if one.stem in QUICK):
+        model = taught_by.tiny_model(path, weights)
+        count = sum(1 for _ in mutants(model))
+        chosen = set(draw.sample(range(count), EACH))
+        tally, wrong = try_all(path, weights, chosen)
+        assert wrong == []
+        assert tally['build'] > 0
+
+
+@pytest.fixture(scope='module')
+def tried():
+    return set()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
+def test_every_mutant_is_refused_in_words(path, weights, tried):
+    tally, wrong = try_all(path, weights, tried=tried)
+    print(f'{path.stem}: {json.dumps(tally)}')
+    assert wrong == []
+
+
+# Findings, one by one --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('stem', 'place', 'value', 'said'),
+    [
+        ('fgd', 'student', None, 'student is not there.*student=_base_'),
+        ('fgd', 'student', 'RetiaNet', "'RetiaNet'.*mean 'RetinaNet'"),
+        ('fgd', 'student', 7, 'student as the type of a detector.*got.*7'),
+        ('fgd', 'teachers', 'abc', "teachers as a dict of dicts.*'abc'"),
+        ('fgd', 'teachers.big', 7, 'a teacher as a dict, got big=7'),
+        ('fgd', 'teachers.big.config', 7, "'big' cannot take config=7"),
+        ('fgd', 'teachers.big.config', {}, "'big' needs the config of a det"),
+        ('fgd', 'teachers.big.checkpoint', 7, 'cannot take checkpoint=7'),
+        ('fgd', 'teachers.big.inherit', [7], 'takes inherit as.*got.*7'),
+        ('fgd', 'teachers.big.inherit', ['neck', 'neck'], "'neck' twice"),
+        ('fgd', 'teachers.big.sham', 'abc', "sham=True or.*sham='abc'"),
+        (
+            'fgd',
+            'teachers.big.cfg_options',
+            {'model.bbox_hed.num_classes': 6},
+            "'big': no detector can be built of .*retinanet_teacher.*bbox_hed",
+        ),
+        ('fgd', 'terms', 7, 'terms as a dict of dicts by name, got terms=7'),
+        ('fgd', 'terms.fgd', 7, 'a term as a dict, got fgd=7'),
+        ('fgd', 'terms.fgd.teacher', None, "'fgd'.*no teacher None.*'big'"),
+        ('fgd', 'terms.fgd.type', 'mmkd.PKDLoss', 'be a term.*PKDLoss'),
+        (
+            'fgd',
+            'terms.fgd.loss.type',
+            'mmkd.ConvAdapt',
+            'loss must be one of mmkd.losses, got ConvAdapt',
+        ),
+        ('fgd', 'terms.fgd.tap', 7, 'tap as a name or a list.*got tap=7'),
+        ('fgd', 'terms.fgd.tap', [], 'nothing to compare with tap='),
+        ('fgd', 'terms.fgd.levels', [0, 1, 1], '1 twice in levels='),
+        ('fgd', 'terms.fgd.levels', 'abc', "levels are positions.*'abc'"),
+        ('fgd', 'terms.fgd.levels', [0, None, 2], 'positions.*None'),
+        ('fgd', 'terms.fgd.schedule', [], 'schedule must be a dict.*got'),
+        ('fgd', 'phases', [dict(length='abc')], "length as a number.*'abc'"),
+        ('fgd', 'phases', [dict(length=float('inf'))], 'that ends, got'),
+        ('fgd', 'phases', [dict(supervised='abc')], "True or False.*'abc'"),
+        ('fgd', 'phases', [dict(train=7)], 'Phase 1 takes train as.*=7'),
+        ('fgd', 'phases', [dict(terms=['fgd', 'fgd'])], "'fgd' twice"),
+        ('soft-target', 'terms.*.output', 'abc', 'output is the position'),
+        ('soft-target', 'terms.*.output', -1, 'output is the pos.*output=-1'),
+        ('balanced', 'terms.both.terms', 'abc', "terms as a dict.*'abc'"),
+        ('head', 'terms.head.terms', [], 'terms as a dict'),
+        ('p2p', 'terms.p2p.peers', 7, 'peers as a dict of dicts'),
+        (
+            'hpm-kd',
+            'terms.fused.temperature.polcy',
+            'cosine',
+            "setting in temperature 'polcy'.*'policy'",
+        ),
+        (
+            'hpm-kd',
+            'terms.fused.losses.scores.output',
+            -1,
+            "output of 'scores' as the position.*-1",
+        ),
+    ],
+)
+def test_a_wrong_field_says_what_was_expected_and_what_came(
+    stem, place, value, said, weights
+):
+    path = next(one for one in PATHS if one.stem == f'{stem}_tiny')
+    model = taught_by.tiny_model(path, weights)
+    *above, last = place.split('.')
+    node = model
+    for name in above:
+        node = next(iter(node.values())) if name == '*' else node[name]
+    node[last] = value
+    with pytest.raises(ValueError, match=f'(?s){said}'):
+        MODELS.build(model)
+
+
+def test_what_fails_deep_inside_is_said_of_its_term(weights):
+    path = next(one for one in PATHS if one.stem == 'pkd_tiny')
+    model = taught_by.tiny_model(path, weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmkd.losses.pkd.pkd_loss', lambda *_: {}['nothing'])
+        with pytest.raises(ValueError, match="'pkd': a setting does not fit"):
+            MODELS.build(model)
+
+
+def test_a_misspelt_key_of_the_distiller_is_no_setting_of_the_student(weights):
+    path = next(one for one in PATHS if one.stem == 'fgd_tiny')
+    for wrong, right in (('phaes', 'phases'), ('tems', 'terms')):
+        model = taught_by.tiny_model(path, weights)
+        model[wrong] = model.pop(right, [])
+        with pytest.raises(ValueError, match=f"{wrong}'.*mean '{right}'"):
+            MODELS.build(model)
+
+
+# The mutants themselves ------------------------------------------------------
+
+
+def test_a_mutant_differs_in_one_field(weights):
+    path = next(one for one in PATHS if one.stem == 'fgd_tiny')
+    model = taught_by.tiny_model(path, weights)
+    before = copy.deepcopy(model)
+    found = list(mutants(model))
+    assert model == before
+    assert all(one.model != before for one in found)
+    (level,) = (
+        one
+        for one in found
+        if one.place == 'terms.fgd.levels[1]' and one.now == 99
+    )
+    assert level.model.terms.fgd.levels == [0, 99, 2]
+    (dropped,) = (
+        one
+        for one in found
+        if one.place == 'terms.fgd.loss' and one.now is MISSING
+    )
+    assert 'loss' not in dropped.model.terms.fgd
+    assert dropped.model.teachers == before.teachers
+
+
+@pytest.mark.parametrize(
+    ('word', 'wrong'),
+    [('neck', ('nek', 'ncek')), ('mmkd.PKDLoss', ('mmkd.PKDoss',))],
+)
+def test_a_word_is_misspelt_behind_its_prefix(word, wrong):
+    assert misspelt(word)[: len(wrong)] == wrong
+    assert all(one != word for one in misspelt(word))
