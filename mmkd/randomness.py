@@ -32,9 +32,14 @@ def preserved(seed: int | None = None) -> Iterator[None]:
     """
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=_cuda_devices()):
+        devices = _cuda_devices()
+        with torch.random.fork_rng(devices=devices):
             if seed is not None:
-                torch.manual_seed(seed)
+                # Not torch.manual_seed, which also notes the whole call
+                # stack where CUDA is there and was never used: milliseconds.
+                torch.default_generator.manual_seed(seed)
+                for device in devices:
+                    torch.cuda.default_generators[device].manual_seed(seed)
             yield
     finally:
         random.setstate(python)

@@ -236,9 +236,7 @@ def _measure(
         'teacher': TeacherPass(arms['full']),
         'full': arms['full'],
     }
-    hub = MessageHub.get_current_instance()
-    hub.update_info('iter', 0)
-    hub.update_info('max_iters', 10**9)
+    MessageHub.get_current_instance().update_info('max_iters', 10**9)
     for step in steps.values():
         for index in range(settings.warm_up):
             step.ready(batches[index % len(batches)])()
@@ -286,9 +284,12 @@ class Arm:
         if settings.amp:
             wrapper.update(type='AmpOptimWrapper')
         self.wrapper = build_optim_wrapper(self.model, wrapper)
-        self.amp = settings.amp
+        self.amp, self.taken = settings.amp, 0
 
     def __call__(self, batch: Any) -> None:
+        hub = MessageHub.get_current_instance()
+        hub.update_info('iter', self.taken)
+        self.taken += 1
         self.model.train_step(batch, self.wrapper)
 
     def ready(self, batch: Any) -> Callable[[], None]:
@@ -428,7 +429,12 @@ class _Terms:
             with counting(model) as copies, recording(model, paths) as record:
                 losses = super(Distilling, model).loss(images, samples)
             step = model._step(
-                _cut(record), images, samples, copies, losses=dict(losses)
+                _cut(record),
+                images,
+                samples,
+                copies,
+                iteration=1,  # not one of those at which shares are weighed
+                losses=dict(losses),
             )
             for name in model.teachers:
                 step.teacher(name)
