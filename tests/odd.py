@@ -22,8 +22,9 @@ VALUES = {
     'constant': lambda noise: torch.full_like(noise, 3.0),
     'channels alike': lambda noise: noise[:, :1].expand_as(noise).clone(),
     'cells alike': lambda noise: noise[..., :1, :1].expand_as(noise).clone(),
-    'one cell': lambda noise: noise
-    * (torch.arange(noise[0].numel()) == 0).view_as(noise[0]),
+    'one cell': lambda noise: (
+        noise * (torch.arange(noise[0].numel()) == 0).view_as(noise[0])
+    ),
     'negative': lambda noise: -1 - noise.abs(),
     'offset': lambda noise: 300 + 1e-2 * noise,
     'tiny': lambda noise: 1e-7 * noise,
@@ -136,10 +137,7 @@ class Case:
         return GroundTruth.from_boxes(
             boxes,
             self.shape,
-            [
-                torch.randint(4, (len(one),), generator=noise)
-                for one in boxes
-            ],
+            [torch.randint(4, (len(one),), generator=noise) for one in boxes],
             shapes,
             [of(self.ignored) for _ in boxes],
         )

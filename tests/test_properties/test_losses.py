@@ -44,7 +44,8 @@ def defined(kind, case):
     try:
         value = total(loss(student, teacher, case.ground_truth()))
     except ValueError as error:
-        assert NORM in str(error)
+        if NORM not in str(error):
+            raise
         assume(False)
     assert value.isfinite()
     value.backward()
@@ -74,6 +75,9 @@ def test_many_odd_batches_are_defined_with_their_gradient(kind, case):
 
 @quick
 @given(case=odd.cases(dtype='float32', cells=(5, 16), student='normal'))
+@example(
+    case=odd.Case(cells=(5, 16), teacher='cells alike', layout='channels_last')
+)
 def test_the_layout_of_a_map_changes_nothing(kind, case):
     assume('many' not in case.boxes)
     found = []
