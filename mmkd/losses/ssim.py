@@ -91,7 +91,7 @@ def ssim_map(
     student, teacher = as_float(student), as_float(teacher)
     if mask is None:
         mask = torch.ones_like(student[:, :1])
-    window = window.to(student)
+    window, mask = window.to(student), mask.to(student)
     with full_precision(student):
         total = _blur(mask, window).clamp(min=torch.finfo(window.dtype).tiny)
 

@@ -204,6 +204,8 @@ class UHKDLoss(nn.Module):
             valid = valid_mask(gt, size, self.keep_padding, keep_ignored=True)
         if self.standardise:
             # Else the edge of the border would have the height of the mean.
+            # From the first cell, so that the mean of equal ones is exact.
+            feature = feature - feature[..., :1, :1].detach()
             count = valid.sum((2, 3), keepdim=True).clamp(min=1)
             total = (feature * valid).sum((2, 3), keepdim=True)
             feature = feature - total / count

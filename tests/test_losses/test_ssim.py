@@ -321,3 +321,11 @@ def test_a_window_may_be_a_single_cell(maps):
     one = SSIMLoss(window_size=1)(*maps)
     other = SSIMLoss(window_size=1, exponents=(1.0, 0.0, 0.0))(*maps)
     torch.testing.assert_close(one, other)
+
+
+def test_float64_maps_are_taken_beside_a_mask_in_float32(maps):
+    student, teacher = (one.double() for one in maps)
+    gt = GroundTruth.from_boxes([torch.zeros(0, 4)] * 2, shape=(48, 40))
+    torch.testing.assert_close(
+        SSIMLoss()(student, teacher, gt).float(), SSIMLoss()(*maps, gt)
+    )
