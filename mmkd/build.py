@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from mmkd.arguments import check_arguments
 from mmkd.checks import check_name
 from mmkd.registry import MODELS, SharedRegistry
 
@@ -76,6 +77,8 @@ def build(
     kind = find(config, role, registry)
     _check_family(role, kind)
     _check_settings(config, role, kind)
+    given = {key: config[key] for key in config if key != 'type'}
+    check_arguments(f'{role} of type {config["type"]!r}', kind, given)
     arguments = {**defaults, **config, 'type': kind}
     try:
         # Its class is known, so that any registry would do; one without

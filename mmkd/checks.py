@@ -66,6 +66,21 @@ def check_channels(who: str, feature: Tensor, expected: int) -> None:
     )
 
 
+def check_statistics(who: str, training: bool, maps: Iterable[Tensor]) -> None:
+    """BatchNorm needs two cells of each channel while it learns.
+
+    Raises:
+        ValueError: If a batch has one.
+    """
+    for one in maps:
+        if training and one.numel() == one.shape[1]:
+            raise ValueError(
+                f'{who} normalises each channel over the cells of a batch, '
+                f'of which {tuple(one.shape)} has one. Show it more images or '
+                f'larger ones, or leave the coarsest level out.'
+            )
+
+
 def check_name(who: str, what: str, name: str, known: Iterable[str]) -> None:
     """A name must be one of those known.
 

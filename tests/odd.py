@@ -167,16 +167,27 @@ class Case:
             sides[1] = tuple(one.clone() for one in sides[0])
         return sides
 
+    def few_cells(self, levels=2):
+        """Whether one image has one cell at the coarsest of its levels."""
+        last = [-(-one // 2 ** (levels - 1)) for one in self.cells]
+        return len(self.boxes) == last[0] == last[1] == 1
+
     def but(self, **changes):
         return dataclasses.replace(self, **changes)
 
 
-def cases(**fixed):
-    """Cases, with some of their fields fixed."""
+def cases(few=False, **fixed):
+    """Cases, with some of their fields fixed.
+
+    Args:
+        few: Whether no image has thousands of boxes.
+        **fixed: Fields and their values.
+    """
+    kinds = sorted(set(BOXES) - {'many'} if few else BOXES)
     drawn = dict(
-        boxes=st.lists(
-            st.sampled_from(sorted(BOXES)), min_size=1, max_size=3
-        ).map(tuple),
+        boxes=st.lists(st.sampled_from(kinds), min_size=1, max_size=3).map(
+            tuple
+        ),
         ignored=st.sampled_from(sorted(set(BOXES) - {'many'})),
         cells=st.tuples(st.sampled_from(SIDES), st.sampled_from(SIDES)),
         narrow=st.booleans(),

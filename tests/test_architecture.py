@@ -14,6 +14,7 @@ ORDER = (
     'registry',
     'compat',
     'checks',
+    'arguments',
     'files',
     'reading',
     'classes',

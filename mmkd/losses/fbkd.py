@@ -9,7 +9,12 @@ import torch
 from mmcv.cnn import NonLocal2d
 from torch import Tensor, nn
 
-from mmkd.checks import check_channels, check_positive, check_same_shape
+from mmkd.checks import (
+    check_channels,
+    check_positive,
+    check_same_shape,
+    check_statistics,
+)
 from mmkd.ops.attention import channel_attention, spatial_attention
 from mmkd.ops.numeric import as_float, full_precision
 from mmkd.registry import MODELS
@@ -178,6 +183,7 @@ class FBKDLoss(nn.Module):
     ) -> dict[str, Tensor]:
         check_same_shape('FBKDLoss', student, teacher)
         check_channels('FBKDLoss', teacher, self.channels)
+        check_statistics('FBKDLoss', self.training, [student])
         student, teacher = as_float(student), as_float(teacher)
         with full_precision(student):
             parts = dict(

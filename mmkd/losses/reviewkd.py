@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkd.checks import check_channels, check_positive, check_same_shape
+from mmkd.checks import (
+    check_channels,
+    check_positive,
+    check_same_shape,
+    check_statistics,
+)
 from mmkd.ops.masks import require_ground_truth, valid_mask
 from mmkd.ops.numeric import as_float, full_precision
 from mmkd.registry import MODELS
@@ -255,3 +260,4 @@ class ReviewKDLoss(nn.Module):
         for level, (one, other) in enumerate(zip(student, teacher)):
             check_channels('ReviewKDLoss', one, self.in_channels[level])
             check_channels('ReviewKDLoss', other, self.out_channels[level])
+        check_statistics('ReviewKDLoss', self.training, student)

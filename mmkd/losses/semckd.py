@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkd.checks import check_channels, check_name, check_positive
+from mmkd.checks import (
+    check_channels,
+    check_name,
+    check_positive,
+    check_statistics,
+)
 from mmkd.ops.masks import (
     masked_mean,
     require_ground_truth,
@@ -354,6 +359,8 @@ class SemCKDLoss(nn.Module):
                 )
             for one, expected in zip(levels, channels):
                 check_channels('SemCKDLoss', one, expected)
+            # Of each pair the larger map is pooled to the smaller one.
+            check_statistics('SemCKDLoss', self.training, levels)
 
     def _check_pairs(self, allowed: Sequence[Sequence[bool]]) -> None:
         for level, row in enumerate(allowed):

@@ -11,7 +11,12 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkd.checks import check_channels, check_name, check_positive
+from mmkd.checks import (
+    check_channels,
+    check_name,
+    check_positive,
+    check_statistics,
+)
 from mmkd.registry import MODELS
 
 MODES = ('nearest', 'nearest-exact', 'bilinear', 'bicubic', 'area')
@@ -73,7 +78,7 @@ class ConvAdapt(nn.Module):
         )
         self.in_channels = each_level(in_channels, count)
         self.out_channels = each_level(out_channels, count)
-        self.resize = resize
+        self.resize, self.norm = resize, norm
         self.adapts = nn.ModuleList(
             _convs(one, other, convs, kernel_size, norm, act)
             for one, other in zip(self.in_channels, self.out_channels)
@@ -87,6 +92,8 @@ class ConvAdapt(nn.Module):
         check_count('ConvAdapt', student, len(self.adapts), 'num_levels')
         for one, expected in zip(student, self.in_channels):
             check_channels('ConvAdapt', one, expected)
+        if self.norm:
+            check_statistics('ConvAdapt', self.training, student)
         # A frozen teacher may run in half precision without autocast.
         maps = tuple(
             adapt(one.to(adapt[0].weight.dtype))

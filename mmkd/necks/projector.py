@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkd.checks import check_channels, check_positive
+from mmkd.checks import check_channels, check_positive, check_statistics
 from mmkd.registry import MODELS
 
 
@@ -104,6 +104,7 @@ class SimKDProjector(nn.Module):
             maps = tuple(
                 F.avg_pool2d(one, self.pool, ceil_mode=True) for one in maps
             )
+        check_statistics('SimKDProjector', self.training, maps)
         return tuple(level(one) for level, one in zip(self.levels, maps))
 
 

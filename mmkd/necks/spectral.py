@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from mmkd.checks import check_channels, check_positive
+from mmkd.checks import check_channels, check_positive, check_statistics
 from mmkd.necks.adapt import check_count, count_levels, each_level
 from mmkd.registry import MODELS
 
@@ -72,6 +72,7 @@ class SpectralAdapt(nn.Module):
         check_count('SpectralAdapt', student, len(self.adapts), 'num_levels')
         for one, expected in zip(student, self.in_channels):
             check_channels('SpectralAdapt', one, expected)
+        check_statistics('SpectralAdapt', self.training, student)
         return tuple(
             adapt(one.to(adapt[0].weight.dtype))
             for adapt, one in zip(self.adapts, student)

@@ -17,8 +17,8 @@ thorough = settings(quick, max_examples=200)
 ALONE = odd.Case(boxes=('none',), cells=(2, 2))
 HALF = dict(dtype='float16', student='large', teacher='large')
 
-#: What a map of one cell in a batch of one says to a BatchNorm in training.
-NORM = 'Expected more than 1 value per channel'
+#: What a map of one cell in a batch of one is told by losses with BatchNorm.
+NORM = 'normalises each channel'
 
 
 @pytest.fixture(params=sorted(LOSSES))
@@ -44,9 +44,10 @@ def defined(kind, case):
     try:
         value = total(loss(student, teacher, case.ground_truth()))
     except ValueError as error:
-        if NORM not in str(error):
+        if NORM not in str(error) or not str(error).startswith(kind.__name__):
             raise
-        assume(False)
+        assert case.few_cells(), 'refused with cells enough'
+        return
     assert value.isfinite()
     value.backward()
     assert all(one.grad.isfinite().all() for one in leaves)
