@@ -111,14 +111,12 @@ def fits(value: Any, hint: Any) -> bool:
         return value in inner
     if origin is tuple and Ellipsis not in inner:
         return (
-            isinstance(value, (list, tuple))
+            _is_list(value)
             and len(value) == len(inner)
             and all(map(fits, value, inner))
         )
     if origin in (Sequence, list, tuple):
-        return isinstance(value, (list, tuple)) and all(
-            fits(one, inner[0]) for one in value
-        )
+        return _is_list(value) and all(fits(one, inner[0]) for one in value)
     if origin in (Mapping, dict):
         return isinstance(value, Mapping) and all(
             fits(key, inner[0]) and fits(one, inner[1])
@@ -132,6 +130,10 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(hint, type):
         return isinstance(value, hint)
     return True
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def described(hint: Any) -> str:
@@ -192,7 +194,7 @@ def _numbers(value: Any) -> list[float]:
     """Numbers in a value, however deep; True and False are none."""
     if isinstance(value, Real) and not isinstance(value, bool):
         return [value]
-    if isinstance(value, (list, tuple)):
+    if _is_list(value):
         return [number for one in value for number in _numbers(one)]
     return []
 

@@ -140,6 +140,8 @@ def test_annotations_in_words(hint, words):
         ([1, 2], tuple[int, int], True),
         ([1, 2, 3], tuple[int, int], False),
         ([], Sequence[int], True),
+        (range(3), Sequence[int], True),
+        ('abc', Sequence[str], False),
         ([[1, 2]], Sequence[tuple[int, int]], True),
         ([[1]], Sequence[tuple[int, int]], False),
         ({'a': 1}, Mapping[str, float], True),

@@ -385,7 +385,7 @@ def _indices(
         return None
     found = (levels,) if isinstance(levels, int) else levels
     if (
-        not isinstance(found, (list, tuple))
+        not isinstance(found, Sequence)
         or not found
         or any(type(level) is not int or level < 0 for level in found)
     ):
