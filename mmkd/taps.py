@@ -8,6 +8,7 @@ its state dict and its compiled form know nothing of the taps.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -79,12 +80,11 @@ class Record:
     def has(self, path: str) -> bool:
         return bool(self._calls.get(path))
 
-    def convert(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Put a function of each recorded tensor in its place."""
-        for path, calls in self._calls.items():
-            if calls:
-                self.outputs(path)  # raises where one was overwritten
-            self._calls[path] = [
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Record:
+        """The same calls with a function of each of their tensors."""
+        found = copy.copy(self)
+        found._calls = {
+            path: [
                 Call(
                     apply(function, one.args),
                     apply(function, one.kwargs),
@@ -92,6 +92,16 @@ class Record:
                 )
                 for one in calls
             ]
+            for path, calls in self._calls.items()
+        }
+        return found
+
+    def convert(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put a function of each recorded tensor in its place."""
+        for path, calls in self._calls.items():
+            if calls:
+                self.outputs(path)  # raises where one was overwritten
+        self._calls = self.mapped(function)._calls
 
     def at(self, path: str) -> Any:
         """Output of a tap; a tuple of outputs if it was called repeatedly.

@@ -60,8 +60,7 @@ from mmkd.reading import read_json
 from mmkd.recipes import DEFAULT
 from mmkd.registry import MODELS
 from mmkd.schedules import Constant
-from mmkd.structures.nested import apply
-from mmkd.taps import Call, Record, counting, recording
+from mmkd.taps import counting, recording
 from mmkd.teachers import without_init
 from mmkd.version import __version__
 
@@ -429,7 +428,7 @@ class _Terms:
             with counting(model) as copies, recording(model, paths) as record:
                 losses = super(Distilling, model).loss(images, samples)
             step = model._step(
-                _cut(record),
+                record.mapped(_leaf),
                 images,
                 samples,
                 copies,
@@ -452,27 +451,9 @@ def _once(term: nn.Module, step: Any) -> None:
         total.backward()
 
 
-def _cut(record: Record) -> Record:
-    """Outputs that gradients reach and do not pass."""
-
-    def leaf(value: Tensor) -> Tensor:
-        wanted = value.requires_grad
-        return value.detach().requires_grad_(wanted)
-
-    found = Record(record._detector, record._calls)
-    found.size = record.size
-    for path, calls in record._calls.items():
-        for call in calls:
-            found.add(
-                path,
-                Call(
-                    *(
-                        apply(leaf, one)
-                        for one in (call.args, call.kwargs, call.output)
-                    )
-                ),
-            )
-    return found
+def _leaf(value: Tensor) -> Tensor:
+    """What gradients reach and do not pass."""
+    return value.detach().requires_grad_(value.requires_grad)
 
 
 # ---------------------------------------------------------------------- data

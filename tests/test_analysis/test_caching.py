@@ -101,7 +101,12 @@ def losses(model, data):
 
 
 @pytest.mark.parametrize(
-    ('precision', 'error'), [('int8', 5e-3), ('fp16', 1e-4), ('fp32', 1e-6)]
+    ('precision', 'error'),
+    [
+        ('int8', 5e-3),
+        pytest.param('fp16', 1e-4, marks=pytest.mark.slow),
+        ('fp32', 1e-6),
+    ],
 )
 def test_terms_are_those_of_the_teacher_that_runs(
     make, capsys, precision, error
@@ -125,7 +130,14 @@ def test_terms_are_those_of_the_teacher_that_runs(
     assert shown == []
 
 
-@pytest.mark.parametrize('batch_size', [1, 2, 3])
+@pytest.mark.parametrize(
+    'batch_size',
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        2,
+        pytest.param(3, marks=pytest.mark.slow),
+    ],
+)
 def test_batches_of_images_of_several_sizes(make, capsys, batch_size):
     """Whatever comes together, the border is that of the batch."""
     sizes = ((128, 96), (96, 160), (64, 64), (160, 96))

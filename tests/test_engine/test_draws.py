@@ -199,7 +199,9 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize('kind', WRAPPED)
-@pytest.mark.parametrize('endless', [False, True])
+@pytest.mark.parametrize(
+    'endless', [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_mmdets_wrappers_and_samplers_replay(kind, endless, data):
     init_default_scope('mmdet')
 

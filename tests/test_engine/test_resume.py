@@ -100,11 +100,13 @@ def uninterrupted(data, tmp_path_factory):
 @pytest.mark.parametrize(
     ('case', 'stop'),
     [
-        ('epochs', 'epoch_1'),
+        pytest.param(*('epochs', 'epoch_1'), marks=pytest.mark.slow),
         ('epochs', 'iter_2'),
-        ('epochs', 'iter_3'),
+        pytest.param(*('epochs', 'iter_3'), marks=pytest.mark.slow),
         ('epochs', 'iter_4'),
-        ('epochs, two workers', 'epoch_1'),
+        pytest.param(
+            *('epochs, two workers', 'epoch_1'), marks=pytest.mark.slow
+        ),
         ('epochs, two workers', 'iter_2'),
         pytest.param(
             *('epochs, lasting workers', 'epoch_1'), marks=pytest.mark.slow
@@ -114,14 +116,18 @@ def uninterrupted(data, tmp_path_factory):
         pytest.param(
             *('iterations, two workers', 'iter_4'), marks=pytest.mark.slow
         ),
-        ('iterations, finite passes', 'iter_2'),
+        pytest.param(
+            *('iterations, finite passes', 'iter_2'), marks=pytest.mark.slow
+        ),
         pytest.param(
             *('iterations, finite passes', 'iter_3'), marks=pytest.mark.slow
         ),
         ('batches resized', 'iter_3'),
         ('batches resized', 'epoch_1'),
         ('gradients accumulated', 'iter_3'),
-        ('averaged and validated', 'epoch_1'),
+        pytest.param(
+            *('averaged and validated', 'epoch_1'), marks=pytest.mark.slow
+        ),
         ('averaged and validated', 'iter_5'),
     ],
 )
@@ -181,7 +187,12 @@ def test_leaving_out_any_part_of_the_state_is_noticed(
 
 
 @pytest.mark.parametrize(
-    'press', [dict(step=2), dict(step=3), dict(validation=1)]
+    'press',
+    [
+        dict(step=2),
+        pytest.param(dict(step=3), marks=pytest.mark.slow),
+        dict(validation=1),
+    ],
 )
 def test_ctrl_c_and_resume_equal_one_run(press, uninterrupted, data, tmp_path):
     case = 'averaged and validated'
