@@ -7,6 +7,7 @@ component has to say it, and each goes on refusing what it alone can know.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -69,6 +70,22 @@ def check_arguments(
                 f'{who} takes {name} {least[0]}, got {name}={value!r}.'
                 f'{_example(name, default)}'
             )
+
+
+def checked(kind: type) -> type:
+    """Let a class hold what it is given by name against its annotations.
+
+    For those that others build: hooks, data sets, transforms.
+    """
+    plain = kind.__init__
+
+    @functools.wraps(plain)
+    def init(self: Any, *given: Any, **named: Any) -> None:
+        check_arguments(type(self).__name__, kind, named)
+        plain(self, *given, **named)
+
+    kind.__init__ = init
+    return kind
 
 
 @cache

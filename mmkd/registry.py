@@ -14,6 +14,8 @@ from typing import Any
 import mmdet.registry
 import mmengine.registry
 
+from mmkd.arguments import checked
+
 __all__ = [
     'DATASETS',
     'DATA_SAMPLERS',
@@ -35,6 +37,9 @@ class SharedRegistry(mmengine.registry.Registry):
         peer: mmdet's registry of the same kind, or None for a kind that only
             mmkd has.
         locations: Packages that are imported at the first look-up.
+        checks: Whether its classes, which others build, are to hold what they
+            are given against their annotations; what :func:`mmkd.build.build`
+            builds it checks itself.
     """
 
     def __init__(
@@ -43,11 +48,12 @@ class SharedRegistry(mmengine.registry.Registry):
         peer: mmengine.registry.Registry | None,
         parent: mmengine.registry.Registry | None,
         locations: list[str],
+        checks: bool = False,
     ) -> None:
         super().__init__(
             name, parent=parent, scope='mmkd', locations=locations
         )
-        self.peer = peer
+        self.peer, self.checks = peer, checks
 
     def _register_module(
         self,
@@ -60,6 +66,8 @@ class SharedRegistry(mmengine.registry.Registry):
         if self.peer is not None:
             for name in names:
                 self._refuse_taken_name(name, module, force)
+        if self.checks and isinstance(module, type):
+            checked(module)
         super()._register_module(module, names, force)
         if self.peer is not None:
             self.peer.register_module(name=names, force=force, module=module)
@@ -82,6 +90,7 @@ def _shared(kind: str, name: str, *packages: str) -> SharedRegistry:
         peer=getattr(mmdet.registry, kind),
         parent=getattr(mmengine.registry, kind),
         locations=[f'mmkd.{package}' for package in packages],
+        checks=kind != 'MODELS',
     )
 
 

@@ -6,6 +6,7 @@ import inspect
 import typing
 from collections.abc import Mapping, Sequence
 
+import mmengine.registry as engine
 import numpy as np
 import pytest
 
@@ -18,17 +19,18 @@ from mmkd.arguments import (
     range_of,
 )
 from mmkd.build import build
-from mmkd.registry import MODELS, SCHEDULES
+from mmkd.registry import DATASETS, HOOKS, MODELS, SCHEDULES, TRANSFORMS
 
-MODELS.import_from_location()
-SCHEDULES.import_from_location()
-PACKAGES = ('losses', 'necks', 'terms', 'schedules', 'backbones')
+BUILT_BY_OTHERS = (HOOKS, DATASETS, TRANSFORMS)
+REGISTRIES = (MODELS, SCHEDULES, *BUILT_BY_OTHERS)
+for registry in REGISTRIES:
+    registry.import_from_location()
 KINDS = {
     kind.__name__: kind
-    for registry in (MODELS, SCHEDULES)
+    for registry in REGISTRIES
     for kind in registry.module_dict.values()
     if kind.__module__.startswith('mmkd.')
-    and kind.__module__.split('.')[1] in PACKAGES
+    and kind.__module__.split('.')[1] not in ('distillers', 'detectors')
 }
 #: Of each type what is not of it.
 WRONG = {
@@ -170,6 +172,26 @@ def test_a_config_is_refused_with_its_place_and_what_to_type():
         "terms.pkd.loss of type 'mmkd.PKDLoss' takes loss_weight as a finite "
         "number, got loss_weight='10'. Leave it out for loss_weight=1.0."
     )
+
+
+@pytest.mark.parametrize(
+    ('registry', 'config', 'said'),
+    [
+        (
+            engine.HOOKS,
+            dict(type='mmkd.FiniteLossHook', limit='5'),
+            "FiniteLossHook takes limit as a whole number, got limit='5'",
+        ),
+        (
+            engine.TRANSFORMS,
+            dict(type='mmkd.LoadPredictions', folder=3),
+            'LoadPredictions takes folder as a text or a path, got folder=3',
+        ),
+    ],
+)
+def test_what_mmengine_builds_is_checked_as_well(registry, config, said):
+    with pytest.raises(ValueError, match=said):
+        registry.build(config)
 
 
 def test_components_of_others_are_theirs_to_check():
