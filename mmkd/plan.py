@@ -557,6 +557,8 @@ def _arithmetic(model: nn.Module, side: int) -> tuple[int, int, int]:
     if broken is not None:
         raise RuntimeError(broken)
     teacher = model.teachers[TEACHER]
+    # As where the pair is checked: a BatchNorm of one cell learns nothing.
+    model.terms.eval()
     try:
         student = multiply_accumulates(
             lambda: run_detector(model, images, samples)

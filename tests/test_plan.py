@@ -147,6 +147,25 @@ def test_a_step_takes_as_long_as_its_arithmetic(files):
     assert 1 < ratio < 4 / 3
 
 
+@pytest.mark.parametrize('method', ['fbkd', 'reviewkd'])
+def test_a_batchnorm_counts_one_cell_of_one_image(files, method):
+    """The coarsest level of the image that is looked at has one cell."""
+    found = plan(*files(), method)
+    assert any('multiply-accumulates' in one for one in found.notes)
+
+
+@pytest.mark.slow
+def test_what_fits_can_be_planned(files):
+    paths = files()
+    student, teacher = map(read_config, paths[:2])
+    fits = fitting(
+        student, dict(config=paths[1]), look(student, teacher, 'teacher')
+    )
+    for method, reason in fits.items():
+        if reason is None:
+            assert plan(*paths, method).config
+
+
 def test_planning_leaves_the_random_state_alone(files):
     paths = files()
     torch.manual_seed(4)

@@ -280,6 +280,8 @@ class Arm:
     ) -> None:
         self.model = model.to(settings.device).train()
         wrapper = copy.deepcopy(dict(config.optim_wrapper))
+        # Steps of random weights soon come to no number.
+        wrapper['optimizer']['lr'] = 0.0
         if settings.amp:
             wrapper.update(type='AmpOptimWrapper')
         self.wrapper = build_optim_wrapper(self.model, wrapper)
