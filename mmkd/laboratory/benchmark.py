@@ -477,13 +477,15 @@ def load(config: Config, settings: Settings) -> list[Any]:
 def synthetic(config: Config, settings: Settings) -> list[Any]:
     """Batches of noise, with as many boxes as one likes.
 
-    Numbers of boxes are Poisson about ``settings.boxes``; each image has a
-    mask a box, for those that learn from masks.
+    Numbers of boxes are Poisson about ``settings.boxes``. There is a mask a
+    box unless the config's own pipeline loads none.
     """
     dice = np.random.default_rng(settings.seed)
     height, width = settings.size
     known = _plain(config)
     classes = min(head_classes(known).values(), default=1)
+    pipeline = config.get('train_dataloader')
+    masked = pipeline is None or "'with_mask': True" in str(pipeline)
     batches = []
     for _ in range(settings.batches):
         inputs, samples = [], []
@@ -503,6 +505,9 @@ def synthetic(config: Config, settings: Settings) -> list[Any]:
                 mask[top:bottom, left:right] = 1
             labels = dice.integers(classes, size=count)
             samples.append(annotated(boxes, labels, masks))
+            if not masked:
+                del samples[-1].gt_instances.masks
+                del samples[-1].ignored_instances.masks
             samples[-1].set_metainfo(
                 dict(img_id=number, img_path=f'{number}.jpg')
             )

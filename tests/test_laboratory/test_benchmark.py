@@ -329,6 +329,17 @@ def test_noise_has_the_boxes_one_likes():
     assert batches[0]['inputs'][0].shape == (3, 64, 96)
 
 
+@pytest.mark.parametrize('masks', [True, False])
+def test_noise_has_masks_where_the_pipeline_loads_them(config, masks):
+    """RTMDet assigns by masks where there are any."""
+    pipeline = config.train_dataloader.dataset.pipeline
+    pipeline[1] = dict(type='LoadAnnotations', with_bbox=True, with_mask=masks)
+    settings = Settings(boxes=5.0, size=(64, 96), batches=1)
+    for one in synthetic(config, settings)[0]['data_samples']:
+        assert ('masks' in one.gt_instances) is masks
+        assert ('masks' in one.ignored_instances) is masks
+
+
 # The command -----------------------------------------------------------------
 
 
