@@ -328,12 +328,9 @@ def _train(options: argparse.Namespace) -> int:
         report = check_training(config, data=_looks_at_data(options))
     except (FileNotFoundError, ValueError) as error:
         return _refuse(options, error)
-    try:
-        trainer = _build(config)
-    except (FileNotFoundError, ValueError) as error:
-        if not _is_worded_here(error):
-            raise
-        return _refuse(options, error)
+    trainer = _built(options, config)
+    if trainer is None:
+        return 1
     for warning in report.warnings:
         trainer.logger.warning(warning)
     try:
@@ -491,12 +488,9 @@ def _test(options: argparse.Namespace) -> int:
         report = check_testing(config, data=_looks_at_data(options))
     except (FileNotFoundError, ValueError) as error:
         return _refuse(options, error)
-    try:
-        trainer = _build(config)
-    except (FileNotFoundError, ValueError) as error:
-        if not _is_worded_here(error):
-            raise
-        return _refuse(options, error)
+    trainer = _built(options, config)
+    if trainer is None:
+        return 1
     for warning in report.warnings:
         trainer.logger.warning(warning)
     if options.out:
@@ -507,6 +501,17 @@ def _test(options: argparse.Namespace) -> int:
         )
     trainer.test()
     return 0
+
+
+def _built(options: argparse.Namespace, config: Config) -> Any:
+    """The trainer; None after a message on what to type."""
+    try:
+        return _build(config)
+    except (FileNotFoundError, ValueError) as error:
+        if not _is_worded_here(error):
+            raise
+        _refuse(options, error)
+        return None
 
 
 def _build(config: Config) -> Any:

@@ -243,12 +243,7 @@ def _measure(
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     of_terms: dict[str, list[float]] = {}
     dice = random.Random(settings.seed)
-    for block in range(settings.blocks):
-        first = block * settings.steps
-        chosen = [
-            batches[(first + index) % len(batches)]
-            for index in range(settings.steps)
-        ]
+    for chosen in rounds(batches, settings):
         for arm in dice.sample(ARMS, len(ARMS)):
             turns = [steps[arm].ready(batch) for batch in chosen]
             with clock.span() as span:
@@ -267,6 +262,16 @@ def _measure(
     )
     facts = dict(about, **_facts(settings, batches, arms))
     return Timing(name, seconds, of_terms, memory, work, facts)
+
+
+def rounds(batches: Sequence[Any], settings: Settings) -> Iterator[list]:
+    """The batches of each round, on which all that is timed takes turns."""
+    for block in range(settings.blocks):
+        first = block * settings.steps
+        yield [
+            batches[(first + index) % len(batches)]
+            for index in range(settings.steps)
+        ]
 
 
 # ---------------------------------------------------------------------- arms

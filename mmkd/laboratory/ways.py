@@ -27,6 +27,7 @@ from mmkd.laboratory.benchmark import (
     TeacherPass,
     built,
     load,
+    rounds,
 )
 from mmkd.teachers import run_detector
 
@@ -118,12 +119,7 @@ def measure_ways(
         for index in range(settings.warm_up):
             take(batches[index % len(batches)])()
     dice = random.Random(settings.seed)
-    for block in range(settings.blocks):
-        start = block * settings.steps
-        chosen = [
-            batches[(start + index) % len(batches)]
-            for index in range(settings.steps)
-        ]
+    for chosen in rounds(batches, settings):
         for way in dice.sample(list(takes), len(takes)):
             turns = [takes[way](batch) for batch in chosen]
             with clock.span() as span:
