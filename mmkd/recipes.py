@@ -35,7 +35,7 @@ from mmkd.registry import DETECTORS
 from mmkd.taps import Record, maps_of, recording
 from mmkd.teachers import run_detector, without_init
 from mmkd.terms.d3etr import CROSS, SELF, has_maps
-from mmkd.terms.queries import DECODER, HEAD, asks
+from mmkd.terms.queries import DECODER, HEAD, asks, has_softmax
 from mmkd.terms.query_matching import same_form
 
 #: Heads whose first output is not a logit an anchor and class: probabilities,
@@ -98,11 +98,13 @@ class Queries:
         form: Whether one can be asked what the other was.
         maps: Attentions that have maps on both sides, of ``'self'`` and
             ``'cross'``.
+        softmax: Whether both give a softmax over classes and background.
     """
 
     widths: tuple[int, int]
     form: bool
     maps: tuple[str, ...]
+    softmax: bool = False
 
     def align(self) -> dict:
         """The argument of a term that makes the student's states as wide."""
@@ -328,6 +330,7 @@ def _queries(*detectors: nn.Module) -> Queries | None:
             for kind in (SELF, CROSS)
             if all(has_maps(one, kind) for one in detectors)
         ),
+        softmax=all(has_softmax(one) for one in detectors),
     )
 
 
@@ -927,8 +930,9 @@ def dlkd(pair: Pair) -> Terms:
 
 @_method
 def cmkd(pair: Pair) -> Terms:
-    _both_ask('cmkd', pair)
     loss = dict(type='mmkd.CMKDLoss', loss_weight=2.0)
+    if _both_ask('cmkd', pair).softmax:
+        loss['activation'] = 'softmax'
     term = _states(pair, loss, compare='logits', pairing='answers')
     return dict(cmkd=term)
 

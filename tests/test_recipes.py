@@ -383,6 +383,26 @@ def test_methods_of_queries_teach_unlike_decoders(method, tmp_path):
     assert model.backbone.conv1.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize(
+    ('kinds', 'softmax'),
+    [(('detr', 'detr'), True), (('detr', 'deformable'), False)],
+)
+def test_scores_of_queries_are_compared_as_their_heads_give_them(
+    kinds, softmax, tmp_path
+):
+    student, teacher = map(detrs.detr, kinds)
+    plain = [copy.deepcopy(one) for one in (student, teacher)]
+    pair = look(*(dict(model=one) for one in plain), 'big')
+    assert pair.queries.softmax is softmax
+    terms = recipe('cmkd', pair)
+    assert ('activation' in terms['cmkd']['loss']) is softmax
+    file = tiny.save_teacher(copy.deepcopy(teacher), tmp_path / 'big.pth')
+    big = dict(config=dict(model=teacher), checkpoint=str(file))
+    model = tiny.build(tiny.distilled(student, dict(big=big), terms)).train()
+    model.teachers.load()
+    assert 'loss_kd_cmkd' in str(list(model.loss(*tiny.batch())))
+
+
 @pytest.mark.parametrize('method', OF_QUERIES)
 def test_methods_of_queries_refuse_pairs_without(method, pair):
     assert not pair.asks

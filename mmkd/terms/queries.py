@@ -147,7 +147,7 @@ def answers(outputs: Outputs) -> Answers:
     logits, boxes = outputs.at(HEAD)[:2]
     states = outputs.at(DECODER)['hidden_states']
     detector = outputs.detector
-    found = Answers(logits, boxes, states, _softmax(detector))
+    found = Answers(logits, boxes, states, has_softmax(detector))
     return found.of(own_queries(detector, logits.shape[2]))
 
 
@@ -189,7 +189,9 @@ def ask(outputs: Outputs, asked: Mapping[str, Tensor]) -> Answers:
     with _no_queries_of_training(detector, asked['query'].shape[1]):
         decoded = getattr(detector, DECODER)(**inputs)
         logits, boxes = getattr(detector, HEAD)(**decoded)[:2]
-    return Answers(logits, boxes, decoded['hidden_states'], _softmax(detector))
+    return Answers(
+        logits, boxes, decoded['hidden_states'], has_softmax(detector)
+    )
 
 
 def drawn(outputs: Outputs, count: int) -> dict[str, Tensor]:
@@ -262,7 +264,8 @@ def _form(sizes: Mapping[str, int]) -> str:
     return ', '.join(f'{key} of {size}' for key, size in sizes.items())
 
 
-def _softmax(detector: nn.Module) -> bool:
+def has_softmax(detector: nn.Module) -> bool:
+    """Whether classes and background are one distribution."""
     return not getattr(detector, HEAD).loss_cls.use_sigmoid
 
 
