@@ -180,14 +180,31 @@ class Timing:
             }
             return medians['full'] / base(medians)
 
-        count = len(taken['full'])
-        dice = np.random.default_rng(0)
-        draws = [of(dice.integers(0, count, count)) for _ in range(DRAWS)]
-        found = percentile_interval(of(np.arange(count)), draws)
-        return found.mean, found.low, found.high
+        return _resampled(of, len(taken['full']))
+
+    def null_more(self) -> tuple[float, float, float]:
+        """Milliseconds of null beyond plain: estimate, low and high.
+
+        The median over rounds of the difference in each.
+        """
+        null, plain = (np.array(self.seconds[x]) for x in ('null', 'plain'))
+        apart = 1000 * (null - plain)
+        return _resampled(
+            lambda rows: float(np.median(apart[rows])), len(apart)
+        )
 
     def as_dict(self) -> dict:
         return asdict(self)
+
+
+def _resampled(
+    of: Callable[[Any], float], count: int
+) -> tuple[float, float, float]:
+    """A statistic of rounds, and its interval by a bootstrap over them."""
+    dice = np.random.default_rng(0)
+    draws = [of(dice.integers(0, count, count)) for _ in range(DRAWS)]
+    found = percentile_interval(of(np.arange(count)), draws)
+    return found.mean, found.low, found.high
 
 
 def measure(
@@ -730,7 +747,7 @@ def page(folder: Path, path: Path | None = None) -> str:
         title = _circumstances(one.facts), _pair(one.facts)
         groups.setdefault(title, []).append(one)
     parts, before = [], ''
-    for (where, pair), timings in groups.items():
+    for (where, pair), timings in sorted(groups.items()):
         if where != before:
             parts.append(f'{where}\n')
         before = where
@@ -801,13 +818,14 @@ def row(one: Timing) -> str:
     """A line of the table."""
     ratio, low, high = one.of_plain()
     over, least, most = one.of_floor()
+    more, *ends = one.null_more()
     facts, plain = one.facts, one.median('plain')
     cells = [
         facts.get('plan', dict(method=one.config))['method'],
         f'{facts["image"][0]} x {facts["image"][1]}, {facts["batch"]}, '
         f'{facts["boxes"]:.0f}',
         f'{plain:.0f}',
-        f'{one.median("null") - plain:+.1f}',
+        f'{more:+.1f} ({ends[0]:+.1f} to {ends[1]:+.1f})',
         f'{one.median("teacher"):.0f}',
         f'{one.median("full"):.0f}',
         f'{ratio:.2f} ({low:.2f} to {high:.2f})',

@@ -94,6 +94,15 @@ def test_times_without_spread_have_no_interval():
     assert one.of_floor() == pytest.approx((1.5 / 1.6,) * 3)
 
 
+def test_null_is_compared_round_by_round():
+    """A machine that slows down hides nothing of a constant difference."""
+    pace = [1.0, 2.0, 4.0, 8.0, 16.0]
+    one = timing(
+        plain=pace, null=[x + 0.003 for x in pace], teacher=pace, full=pace
+    )
+    assert one.null_more() == pytest.approx((3.0, 3.0, 3.0))
+
+
 def test_rounds_are_drawn_as_a_whole():
     """A machine that slows all arms alike makes no ratio uncertain."""
     pace = [1.0, 2.0, 4.0, 8.0, 16.0]
@@ -115,7 +124,7 @@ def test_the_page_is_written_from_what_was_kept(tmp_path):
         'one',
         '64 x 64, 2, 3',
         '2000',
-        '+10.0',
+        '+10.0 (+10.0 to +10.0)',
         '500',
         '3000',
         '1.50 (1.50 to 1.50)',
