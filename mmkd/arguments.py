@@ -19,13 +19,14 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-#: Arguments by their whole name, and what a number among them must reach.
-ABOVE_ZERO = re.compile(r'(.+_)?(temperature|sigma|std|lr|step_size|width)')
-AT_LEAST_ZERO = re.compile(r'(.+_)?(weight|power|decay)|.*warmup(_iters)?')
-AT_LEAST_ONE = re.compile(
-    r'(.+_)?(channels|dim|heads|topk|interval|classes|levels|branches|size'
-    r'|steps|bins|tokens|prompts|grid|patches|reduction)'
+#: Arguments, by their whole name, of which numbers must be positive, and of
+#: which they must not be negative.
+POSITIVE = re.compile(
+    r'(.+_)?(temperature|sigma|std|lr|step_size|channels|dim|heads|topk'
+    r'|interval|classes|levels|branches|size|steps|bins|tokens|prompts|grid'
+    r'|patches|reduction)'
 )
+AT_LEAST_ZERO = re.compile(r'(.+_)?(weight|power|decay)|.*warmup(_iters)?')
 #: Positions in a pyramid are called levels as well, and begin at 0.
 POSITIONS = re.compile(r'(teacher_)?levels')
 #: Packages whose annotations are not for this.
@@ -67,7 +68,7 @@ def check_arguments(
         least = range_of(name)
         if least is not None and not all(map(least[1], _numbers(value))):
             raise ValueError(
-                f'{who} takes {name} {least[0]}, got {name}={value!r}.'
+                f'{who} needs {name} {least[0]}, got {name}={value!r}.'
                 f'{_example(name, default)}'
             )
 
@@ -194,16 +195,14 @@ def range_of(name: str) -> tuple[str, typing.Callable[[float], bool]] | None:
 
     Example:
         >>> range_of('loss_weight')[0], range_of('teacher_channels')[0]
-        ('as 0 or more', 'as 1 or more')
+        ('>= 0', '> 0')
         >>> range_of('levels') is None
         True
     """
-    if ABOVE_ZERO.fullmatch(name):
-        return 'greater than 0', lambda one: one > 0
     if AT_LEAST_ZERO.fullmatch(name):
-        return 'as 0 or more', lambda one: one >= 0
-    if AT_LEAST_ONE.fullmatch(name) and not POSITIONS.fullmatch(name):
-        return 'as 1 or more', lambda one: one >= 1
+        return '>= 0', lambda one: one >= 0
+    if POSITIVE.fullmatch(name) and not POSITIONS.fullmatch(name):
+        return '> 0', lambda one: one > 0
     return None
 
 

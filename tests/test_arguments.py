@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from mmkd.arguments import (
-    AT_LEAST_ONE,
     check_arguments,
     described,
     fits,
@@ -89,8 +88,9 @@ def test_each_number_of_a_name_has_its_range(kind):
     for name, hint in hints_of(kind).items():
         if hint not in (int, float) or range_of(name) is None:
             continue
-        low = 0 if AT_LEAST_ONE.fullmatch(name) else -1
-        with pytest.raises(ValueError, match=f'the one takes {name} '):
+        words, _ = range_of(name)
+        low = 0 if words == '> 0' else -1
+        with pytest.raises(ValueError, match=f'the one needs {name} {words}'):
             check_arguments('the one', kind, {name: low})
 
 

@@ -69,11 +69,11 @@ class FeatureTerm(Term):
         teacher: str,
         loss: Mapping,
         tap: str | Sequence[str] = 'neck',
-        levels: Sequence[int] | None = None,
+        levels: int | Sequence[int] | None = None,
         output: int | None = None,
         align: Mapping | None = None,
         teacher_tap: str | Sequence[str] | None = None,
-        teacher_levels: Sequence[int] | None = None,
+        teacher_levels: int | Sequence[int] | None = None,
         teacher_output: int | None = None,
         teacher_align: Mapping | None = None,
         weight: Mapping | None = None,
@@ -379,7 +379,7 @@ def _pick(
 
 
 def _indices(
-    name: str, levels: Sequence[int] | None
+    name: str, levels: int | Sequence[int] | None
 ) -> tuple[int, ...] | None:
     if levels is None:
         return None

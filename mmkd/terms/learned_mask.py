@@ -70,7 +70,7 @@ class LearnedMaskTerm(FeatureTerm):
         teacher: str,
         loss: Mapping,
         levels: Sequence[int],
-        teacher_levels: Sequence[int] | None = None,
+        teacher_levels: int | Sequence[int] | None = None,
         tap: str = 'neck',
         align: Mapping | None = None,
         learn_until: float = 0.01,

@@ -71,9 +71,9 @@ class ResidualTerm(FeatureTerm):
         teacher: str,
         loss: Mapping | None = None,
         tap: str = 'backbone',
-        levels: Sequence[int] | None = None,
+        levels: int | Sequence[int] | None = None,
         teacher_tap: str = 'backbone',
-        teacher_levels: Sequence[int] | None = None,
+        teacher_levels: int | Sequence[int] | None = None,
         weight: Mapping | None = None,
         schedule: Mapping | None = None,
     ) -> None:

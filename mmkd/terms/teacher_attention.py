@@ -203,13 +203,13 @@ class TeacherAttentionTerm(Term):
         self.teachers = (
             (teachers,) if isinstance(teachers, str) else tuple(teachers)
         )
-        check_once(_WHO, 'teachers', self.teachers)
         if len(set(self.teachers)) < 2:
             raise ValueError(
                 f'{_WHO} weighs two teachers or more against each other, got '
                 f'{self.teachers}. Name more of those of the distiller, or '
                 f'take mmkd.FeatureTerm for a single one.'
             )
+        check_once(_WHO, 'teachers', self.teachers)
         settings = {'hidden': 128, 'entropy_weight': 0.1}
         for name in attn or {}:
             check_name(_WHO, 'setting in attn', name, settings)
