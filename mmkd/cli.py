@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dis
 import os
 import shlex
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import (
     ExitStack,
@@ -561,14 +561,19 @@ def _refuse(options: argparse.Namespace, error: Exception) -> int:
 
 
 def _is_worded_here(error: BaseException) -> bool:
-    """Whether mmkd raised it, though a registry may have wrapped it.
+    """Whether a ``raise`` of mmkd did it; a registry may have wrapped it.
 
-    It says what to type then. What nobody foresaw keeps its traceback.
+    It says what to type then. What nobody foresaw keeps its traceback, such
+    as an ``int('a')`` in mmkd itself.
     """
     while error.__context__ is not None and not error.__suppress_context__:
         error = error.__context__
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get('__name__', '').startswith('mmkd.')
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    frame = last.tb_frame
+    said = dis.opname[frame.f_code.co_code[last.tb_lasti]] == 'RAISE_VARARGS'
+    return said and frame.f_globals.get('__name__', '').startswith('mmkd.')
 
 
 def _say_how_to_go_on(options: argparse.Namespace, stopped: Any) -> int:

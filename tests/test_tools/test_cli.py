@@ -177,6 +177,16 @@ def test_what_others_raise_keeps_its_traceback(config, monkeypatch):
         train(config)
 
 
+def test_what_mmkd_did_not_foresee_keeps_its_traceback(config, monkeypatch):
+    """An error that a line of its own comes across is no message."""
+    program = "def fail(self):\n    int('abc')\n"
+    place = dict(__name__='mmkd.engine.finite')
+    exec(program, place)
+    monkeypatch.setattr(FiniteLossHook, '__init__', place['fail'])
+    with pytest.raises(ValueError, match='invalid literal'):
+        train(config)
+
+
 def test_a_missing_checkpoint_is_one_clear_error(config, capsys):
     work = config.parent / 'run'
     assert evaluate(config, 'gone.pth', '--work-dir', work) == 1
