@@ -7,7 +7,6 @@ alone, so that a resumed training is where the uninterrupted one was.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmkd.arguments import check_arguments
 from mmkd.checks import check_name, check_names, check_positive, suggest
 from mmkd.taps import in_forward
 
@@ -62,14 +62,9 @@ class Phase:
             if name in config and config[name] is not None
         }
         phase = cls(**{**config, 'freeze': (), **lists})
-        _check_kind(who, 'length', phase.length, (int, float))
-        _check_kind(who, 'supervised', phase.supervised, (bool,))
+        numbers = dict(length=phase.length, supervised=phase.supervised)
+        check_arguments(who, cls, numbers)
         check_positive(who, length=phase.length)
-        if math.isinf(phase.length):
-            raise ValueError(
-                f'{who} needs a length that ends, got length=inf. Lengths '
-                f'are relative: write for instance length=3.'
-            )
         return phase
 
     def counts(self, term: str) -> bool:
@@ -292,15 +287,6 @@ def _is_list(configs: Any) -> bool:
     return isinstance(configs, (list, tuple)) and all(
         isinstance(one, Mapping) for one in configs
     )
-
-
-def _check_kind(who: str, name: str, value: Any, kinds: tuple) -> None:
-    if type(value) not in kinds:
-        what = 'True or False' if kinds == (bool,) else 'a number'
-        raise ValueError(
-            f'{who} takes {name} as {what}, got {name}={value!r}. Leave it '
-            f'out for {getattr(Phase, name)}.'
-        )
 
 
 def _inside(path: str, parts: Sequence[str]) -> bool:

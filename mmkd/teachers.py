@@ -26,6 +26,7 @@ from mmengine.logging import print_log
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from mmkd.arguments import check_arguments
 from mmkd.checks import check_name, check_names
 from mmkd.classes import (
     check_class_names,
@@ -115,7 +116,7 @@ class Teacher:
         config: str | Path | Mapping | Config,
         checkpoint: str | Path | None = None,
         cfg_options: Mapping[str, Any] | None = None,
-        inherit: bool | Sequence[str] = False,
+        inherit: bool | str | Sequence[str] = False,
         ema: bool = True,
         sham: bool = False,
         cache: float | str | Mapping[str, str] = 0.0,
@@ -124,8 +125,22 @@ class Teacher:
         device: str | torch.device | None = None,
         name: str = 'teacher',
     ) -> None:
-        self._check_kinds(name, config, checkpoint, cfg_options, inherit)
-        _check_flags(name, ema=ema, sham=sham)
+        check_arguments(
+            f'Teacher {name!r}',
+            Teacher,
+            dict(
+                config=config,
+                checkpoint=checkpoint,
+                cfg_options=cfg_options,
+                inherit=inherit,
+                ema=ema,
+                sham=sham,
+                cache=cache,
+                fast=fast,
+            ),
+        )
+        if not isinstance(inherit, bool):
+            check_names(f'Teacher {name!r}', 'inherit', inherit)
         self.name, self.checkpoint, self.ema = name, checkpoint, ema
         self.inherit, self.sham = inherit, sham
         self.device = _device(f'Teacher {name!r}', device)
@@ -151,30 +166,6 @@ class Teacher:
         self.paths: list[str] = []
         self.classes: tuple[str, ...] | None = None
         self.loaded = False
-
-    @staticmethod
-    def _check_kinds(
-        name: str, config: Any, checkpoint: Any, options: Any, inherit: Any
-    ) -> None:
-        """Each argument must be of a kind that can be meant."""
-        for key, value, kinds, example in (
-            ('config', config, (str, Path, Mapping, Config), "'FILE.py'"),
-            ('checkpoint', checkpoint, (str, Path, type(None)), "'FILE.pth'"),
-            (
-                'cfg_options',
-                options,
-                (Mapping, type(None)),
-                "{'model.bbox_head.num_classes': 3}",
-            ),
-        ):
-            if not isinstance(value, kinds):
-                raise ValueError(
-                    f'Teacher {name!r} cannot take {key}={value!r}, of type '
-                    f'{type(value).__name__}. Write for instance '
-                    f'teachers=dict({name}=dict({key}={example})).'
-                )
-        if not isinstance(inherit, bool):
-            check_names(f'Teacher {name!r}', 'inherit', inherit)
 
     def _memory(self, cache: float | str | Mapping[str, str]) -> Memory | None:
         who = f'Teacher {self.name!r}'
@@ -585,15 +576,6 @@ class Teacher:
                 f'inherit=False.'
             )
         return parts
-
-
-def _check_flags(name: str, **flags: Any) -> None:
-    for key, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(
-                f'Teacher {name!r} takes {key}=True or {key}=False, got '
-                f'{key}={value!r}.'
-            )
 
 
 def _detector(name: str, source: str | Path, model: Mapping) -> nn.Module:
