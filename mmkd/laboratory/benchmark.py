@@ -44,7 +44,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from mmkd.analysis.cost import multiply_accumulates, quiet
+from mmkd.analysis.cost import bytes_kept, multiply_accumulates, quiet
 from mmkd.analysis.statistics import percentile_interval
 from mmkd.checks import check_positive
 from mmkd.classes import head_classes
@@ -578,24 +578,11 @@ def _memory(arm: Arm, batch: Any, device: str) -> float:
 
 def saved(arm: Arm, batch: Any) -> int:
     """Bytes that one step keeps for its backward pass, weights left out."""
-    own = {one.untyped_storage().data_ptr() for one in arm.model.parameters()}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def pack(one: Tensor) -> Tensor:
-        storage = one.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(one.detach())  # or its place would be given away
-        return one
-
     images, samples = arm.shown(batch)
-    with (
-        arm.precision,
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one),
-    ):
-        arm.model.loss(images, samples)
-    return sum(kept.values())
+    with arm.precision:
+        return bytes_kept(
+            lambda: arm.model.loss(images, samples), arm.model.parameters()
+        )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmkd.analysis.cost import bytes_kept
 from mmkd.losses.fgd import FGDLoss
 from mmkd.ops.attention import channel_attention, spatial_attention
 from mmkd.structures import GroundTruth
@@ -111,22 +112,8 @@ def _level(loss, student, teacher, boxes):
 def saved(function, loss):
     """Bytes kept for the backward pass beside maps and weights."""
     student, teacher = maps()
-    own = {
-        one.untyped_storage().data_ptr()
-        for one in (*student, *teacher, *loss.parameters())
-    }
-    kept, alive = {}, []
-
-    def keep(one):
-        storage = one.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(one.detach())
-        return one
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
-        function(loss, student, teacher, BOXES)
-    return sum(kept.values())
+    own = (*student, *teacher, *loss.parameters())
+    return bytes_kept(lambda: function(loss, student, teacher, BOXES), own)
 
 
 class _Count(TorchDispatchMode):
