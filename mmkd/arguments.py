@@ -13,11 +13,13 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
+
+from mmkd.checks import check_name
 
 #: Arguments, by their whole name, of which numbers must be positive, and of
 #: which they must not be negative.
@@ -73,8 +75,24 @@ def check_arguments(
             )
 
 
+def check_settings(
+    who: str, kind: typing.Callable, names: Iterable[str]
+) -> None:
+    """A component must have the settings it is given.
+
+    Raises:
+        ValueError: If it has not, and takes no others; the message suggests
+            the nearest.
+    """
+    known = inspect.signature(kind).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in known.values()):
+        return
+    for name in names:
+        check_name(who, 'setting', name, known)
+
+
 def checked(kind: type) -> type:
-    """Let a class hold what it is given by name against its annotations.
+    """Let a class hold what it is given by name against its signature.
 
     For those that others build: hooks, data sets, transforms.
     """
@@ -82,7 +100,9 @@ def checked(kind: type) -> type:
 
     @functools.wraps(plain)
     def init(self: Any, *given: Any, **named: Any) -> None:
-        check_arguments(type(self).__name__, kind, named)
+        who = type(self).__name__
+        check_settings(who, kind, named)
+        check_arguments(who, kind, named)
         plain(self, *given, **named)
 
     kind.__init__ = init

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from mmkd.arguments import check_arguments
+from mmkd.arguments import check_arguments, check_settings
 from mmkd.checks import check_name
 from mmkd.registry import MODELS, SharedRegistry
 
@@ -76,18 +75,19 @@ def build(
     """
     kind = find(config, role, registry)
     _check_family(role, kind)
-    _check_settings(config, role, kind)
-    given = {key: config[key] for key in config if key != 'type'}
-    check_arguments(f'{role} of type {config["type"]!r}', kind, given)
+    who = f'{role} of type {config["type"]!r}'
+    given = {
+        key: config[key] for key in config if key not in ('type', '_scope_')
+    }
+    check_settings(who, kind, given)
+    check_arguments(who, kind, given)
     arguments = {**defaults, **config, 'type': kind}
     try:
         # Its class is known, so that any registry would do; one without
         # kin in mmdet would only warn of mmdet's scope.
         return MODELS.build(arguments)
     except (AssertionError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{role} of type {config["type"]!r}: {error}'
-        ) from error
+        raise ValueError(f'{who}: {error}') from error
 
 
 def _check_family(role: str, kind: Any) -> None:
@@ -102,16 +102,3 @@ def _check_family(role: str, kind: Any) -> None:
             f'{kind.__name__} of {home}. Name another type, or move it to '
             f'the key that takes it.'
         )
-
-
-def _check_settings(config: Mapping, role: str, kind: Callable) -> None:
-    """A misspelt setting is told the nearest, where all are known."""
-    known = inspect.signature(kind).parameters.values()
-    if any(one.kind is one.VAR_KEYWORD for one in known):
-        return
-    names = [one.name for one in known]
-    for name in config:
-        if name not in ('type', '_scope_'):
-            check_name(
-                f'{role} of type {config["type"]!r}', 'setting', name, names
-            )

@@ -187,6 +187,16 @@ def test_a_config_is_refused_with_its_place_and_what_to_type():
             dict(type='mmkd.LoadPredictions', folder=3),
             'LoadPredictions takes folder as a text or a path, got folder=3',
         ),
+        (
+            engine.HOOKS,
+            dict(type='mmkd.FiniteLossHook', limt=5),
+            "FiniteLossHook has no setting 'limt'. Did you mean 'limit'?",
+        ),
+        (
+            engine.TRANSFORMS,
+            dict(type='mmkd.LoadPredictions', folder='a', nonsense=3),
+            "LoadPredictions has no setting 'nonsense'. It has 'folder'",
+        ),
     ],
 )
 def test_what_mmengine_builds_is_checked_as_well(registry, config, said):

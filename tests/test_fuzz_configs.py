@@ -240,9 +240,6 @@ def try_all(
     for number, mutant in enumerate(mutants(model)):
         if chosen is not None and number not in chosen:
             continue
-        if plain(mutant):
-            tally['left to the component'] += 1
-            continue
         if (key := identity(mutant)) in tried:
             tally['tried before'] += 1
             continue

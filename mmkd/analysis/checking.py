@@ -220,7 +220,8 @@ class _Check:
     # -------------------------------------------------------------- files
 
     def _files(self, part: Section) -> None:
-        check_training(self.config, data=False)
+        for text in check_training(self.config, data=False).warnings:
+            part.say('warn', text)
         paths = {
             path: where
             for where, path in named_weights(self.config.model, 'model')

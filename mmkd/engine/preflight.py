@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
 from mmkd.classes import head_classes
@@ -24,6 +27,18 @@ from mmkd.store import PREDICTING, PREDICTIONS, Store
 
 _TRAINING = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
 _TESTING = ('model', 'test_dataloader', 'test_cfg', 'test_evaluator')
+#: Keys that MMEngine reads of a config besides what a runner is made of.
+_READ = (
+    'broadcast_buffers',
+    'custom_imports',
+    'detect_anomalous_params',
+    'find_unused_parameters',
+    'model_wrapper_cfg',
+    'runner_type',
+    'static_graph',
+    'sync_bn',
+    'tta_model',
+)
 
 
 def check_training(config: Config, data: bool = True) -> Report:
@@ -46,6 +61,7 @@ def check_training(config: Config, data: bool = True) -> Report:
     if config.get('load_from'):
         _check_weights(config.load_from, 'load_from')
     found = Report()
+    found.warnings += unread_keys(config)
     for where, path in named_weights(config.model, 'model'):
         _check_weights(path, where)
         if data and '://' not in path:
@@ -87,6 +103,27 @@ def _check_keys(config: Config, keys: Sequence[str], verb: str) -> None:
             f"whole one: _base_ = 'mmdet::retinanet/"
             f"retinanet_r50_fpn_1x_coco.py'."
         )
+
+
+def unread_keys(config: Mapping) -> list[str]:
+    """Keys that are nearly one that is read; nobody would miss them.
+
+    A config may have any others, to be named by its own parts.
+
+    Example:
+        >>> unread_keys(dict(custom_hoks=[], train_pipeline=[]))
+        ["Nothing reads 'custom_hoks' of the config. Did you mean \
+'custom_hooks'?"]
+    """
+    read = {*_READ}
+    for kind in (Runner, FlexibleRunner):
+        read |= {*inspect.signature(kind).parameters}
+    return [
+        f'Nothing reads {key!r} of the config. Did you mean {near!r}?'
+        for key in config
+        if key not in read
+        for near in difflib.get_close_matches(key, sorted(read), 1, 0.85)
+    ]
 
 
 def check_phases(config: Config) -> None:

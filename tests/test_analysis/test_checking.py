@@ -247,6 +247,13 @@ def evaluated(folders, **settings):
     )
 
 
+def test_a_key_that_nobody_reads_is_named(folders):
+    config = training(folders)
+    config.custom_hoks = []
+    (warning,) = said(check(config, images=0, data=False), 'warn')
+    assert warning.endswith("Did you mean 'custom_hooks'?")
+
+
 def test_a_teacher_whose_file_was_changed_is_named_by_its_hash(
     folders, tmp_path
 ):

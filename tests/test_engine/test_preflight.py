@@ -2,6 +2,7 @@ import pytest
 import runs
 import tiny
 import torch
+from mutants import misspelt
 
 from mmkd.compat.checkpoint import sha256_of
 from mmkd.engine.preflight import (
@@ -11,6 +12,7 @@ from mmkd.engine.preflight import (
     check_testing,
     check_training,
     named_weights,
+    unread_keys,
 )
 
 data, quick_starts = runs.data, runs.quick_starts
@@ -25,6 +27,36 @@ def test_a_sound_config_passes_and_names_its_classes(cfg):
     report = check_training(cfg)
     assert report.classes == runs.NAMES
     assert report.warnings == []
+
+
+@pytest.mark.parametrize(
+    'key',
+    [
+        'custom_hooks',
+        'param_scheduler',
+        'val_dataloader',
+        'randomness',
+        'tta_model',
+    ],
+)
+def test_a_key_that_is_nearly_one_is_told(cfg, key):
+    for wrong in misspelt(key):
+        cfg[wrong] = {}
+        assert check_training(cfg).warnings == [
+            f'Nothing reads {wrong!r} of the config. Did you mean {key!r}?'
+        ]
+        cfg.pop(wrong)
+
+
+def test_names_of_the_parts_of_a_config_are_their_own():
+    own = (
+        'train_pipeline',
+        'conv_cfg',
+        'train_dataset',
+        'iterations',
+        'teacher',
+    )
+    assert unread_keys(dict.fromkeys(own)) == []
 
 
 def test_checkpoints_are_checked_before_data(cfg, teachers, terms):
