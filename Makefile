@@ -72,7 +72,7 @@ test-all: $(READY)
 	$(BIN)/python tools/test_all.py --jobs $(JOBS)
 
 soak: $(READY)
-	$(BIN)/python -m pytest -m soak -rP
+	$(BIN)/python -m pytest -m soak
 
 zoo: $(READY)
 	$(BIN)/python tools/check_zoo.py --jobs $(JOBS)

@@ -13,24 +13,25 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from mmkd.checks import check_name
+from mmkd.checks import check_name, check_once
 
 #: Arguments, by their whole name, of which numbers must be positive, and of
 #: which they must not be negative.
 POSITIVE = re.compile(
     r'(.+_)?(temperature|sigma|std|lr|step_size|channels|dim|heads|topk'
     r'|interval|classes|levels|branches|size|steps|bins|tokens|prompts|grid'
-    r'|patches|reduction)'
+    r'|patch|patches|reduction)'
 )
 AT_LEAST_ZERO = re.compile(r'(.+_)?(weight|power|decay)|.*warmup(_iters)?')
 #: Positions in a pyramid are called levels as well, and begin at 0.
 POSITIONS = re.compile(r'(teacher_)?levels')
+_NONE = inspect.Parameter.empty
 #: Packages whose annotations are not for this.
 OTHERS = ('torch', 'mmdet', 'mmcv', 'mmengine')
 WORDS = {
@@ -51,44 +52,37 @@ def check_arguments(
     Args:
         who: Named in messages.
         kind: The component's class.
-        arguments: By name. Those that it does not have are left to it.
+        arguments: By name.
 
     Raises:
-        ValueError: If one is of another type than its annotation, or a number
-            beyond the range that goes with its name.
+        ValueError: If it has no argument of a name and does not take any; if
+            one is of another type than its annotation, names something
+            twice, or is a number beyond the range that goes with its name.
     """
     hints = hints_of(kind)
+    known = inspect.signature(kind).parameters
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in known.values())
     for name, value in arguments.items():
+        if not takes_any:
+            check_name(who, 'setting', name, known)
         if name not in hints:
             continue
-        default = _default(kind, name)
+        default = known[name].default if name in known else _NONE
         if not fits(value, hints[name]):
             raise ValueError(
                 f'{who} takes {name} as {described(hints[name])}, got '
                 f'{name}={value!r}.{_example(name, default)}'
             )
+        if _is_list(value) and (
+            name == 'levels' or all(isinstance(one, str) for one in value)
+        ):
+            check_once(who, name, value)
         least = range_of(name)
         if least is not None and not all(map(least[1], _numbers(value))):
             raise ValueError(
                 f'{who} needs {name} {least[0]}, got {name}={value!r}.'
                 f'{_example(name, default)}'
             )
-
-
-def check_settings(
-    who: str, kind: typing.Callable, names: Iterable[str]
-) -> None:
-    """A component must have the settings it is given.
-
-    Raises:
-        ValueError: If it has not, and takes no others; the message suggests
-            the nearest.
-    """
-    known = inspect.signature(kind).parameters
-    if any(one.kind is one.VAR_KEYWORD for one in known.values()):
-        return
-    for name in names:
-        check_name(who, 'setting', name, known)
 
 
 def checked(kind: type) -> type:
@@ -100,9 +94,7 @@ def checked(kind: type) -> type:
 
     @functools.wraps(plain)
     def init(self: Any, *given: Any, **named: Any) -> None:
-        who = type(self).__name__
-        check_settings(who, kind, named)
-        check_arguments(who, kind, named)
+        check_arguments(type(self).__name__, kind, named)
         plain(self, *given, **named)
 
     kind.__init__ = init
@@ -235,12 +227,7 @@ def _numbers(value: Any) -> list[float]:
     return []
 
 
-def _default(kind: typing.Callable, name: str) -> Any:
-    known = inspect.signature(kind).parameters
-    return known[name].default if name in known else inspect.Parameter.empty
-
-
 def _example(name: str, default: Any) -> str:
-    if default is inspect.Parameter.empty or default is None:
+    if default in (_NONE, None):
         return ''
     return f' Leave it out for {name}={default!r}.'

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from mmkd.arguments import check_arguments, check_settings
+from mmkd.arguments import check_arguments
 from mmkd.checks import check_name
 from mmkd.registry import MODELS, SharedRegistry
 
@@ -79,7 +79,6 @@ def build(
     given = {
         key: config[key] for key in config if key not in ('type', '_scope_')
     }
-    check_settings(who, kind, given)
     check_arguments(who, kind, given)
     arguments = {**defaults, **config, 'type': kind}
     try:

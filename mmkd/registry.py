@@ -111,6 +111,16 @@ DATA_SAMPLERS = _shared('DATA_SAMPLERS', 'data sampler', 'datasets')
 METRICS = _shared('METRICS', 'metric', 'analysis')
 SCHEDULES = SharedRegistry('schedule', None, None, ['mmkd.schedules'])
 
+REGISTRIES = (
+    MODELS,
+    HOOKS,
+    DATASETS,
+    TRANSFORMS,
+    DATA_SAMPLERS,
+    METRICS,
+    SCHEDULES,
+)
+
 #: mmdet's own registry of detectors: students and teachers come from it.
 DETECTORS = mmdet.registry.MODELS
 

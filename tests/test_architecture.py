@@ -11,10 +11,10 @@ PACKAGE = ROOT / 'mmkd'
 #: A module imports only from its own line and the lines above it.
 ORDER = (
     'version',
+    'checks',
     'arguments',
     'registry',
     'compat',
-    'checks',
     'files',
     'reading',
     'classes',

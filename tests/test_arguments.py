@@ -204,6 +204,20 @@ def test_what_mmengine_builds_is_checked_as_well(registry, config, said):
         registry.build(config)
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        (dict(tap=['neck', 'neck']), "got 'neck' twice in tap="),
+        (dict(levels=[0, 1, 1]), 'got 1 twice in levels='),
+    ],
+)
+def test_nothing_is_named_twice(arguments, said):
+    kind = KINDS['FeatureTerm']
+    with pytest.raises(ValueError, match=said):
+        check_arguments('the one', kind, arguments)
+    check_arguments('the one', kind, dict(teacher_levels=[0, 0, 1]))
+
+
 def test_components_of_others_are_theirs_to_check():
     build(_fpn(out_channels=8), 'align')
     with pytest.raises(ValueError, match='align of type') as error:

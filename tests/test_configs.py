@@ -438,7 +438,7 @@ def assert_loads_in_the_plain_student(student, model: ConfigDict) -> None:
 
 
 TAUGHT = [path for path in PATHS if teachers_in(path)]
-MARKS = rotation.marks(TAUGHT, count=8)
+MARKS = rotation.marks(TAUGHT, count=5)
 #: A minute each.
 MARKS |= {path: pytest.mark.slow for path in TAUGHT if 'swin-l' in path.name}
 

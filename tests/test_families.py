@@ -107,6 +107,8 @@ def alike(make: Callable, **more) -> Row:
 
 THREE, ONE = ((0, 1, 2),) * 2, ((0,),) * 2
 
+#: Two stages and masks, each of which another row has.
+LONG = ('cascade_mask_rcnn',)
 ROWS = dict(
     retinanet=alike(partial(heads.retinanet, convs=2), lacks=DENSE),
     fcos=alike(partial(heads.fcos, convs=2), lacks=DENSE | ANCHORS),
@@ -292,7 +294,13 @@ def hub(hub):
 @pytest.fixture(
     scope='module',
     params=[
-        pytest.param(name, marks=pytest.mark.xdist_group(name))
+        pytest.param(
+            name,
+            marks=(
+                pytest.mark.xdist_group(name),
+                *([pytest.mark.slow] if name in LONG else []),
+            ),
+        )
         for name in ROWS
     ],
 )

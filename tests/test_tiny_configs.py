@@ -17,7 +17,7 @@ import runs
 import tiny
 from mmdet.registry import DATASETS, MODELS
 from mmengine.registry import init_default_scope
-from rotation import TODAY
+from rotation import TODAY, marks
 
 from mmkd.configs import (
     OPTIONAL_KEYS,
@@ -262,9 +262,13 @@ def test_one_of_this_commit_learns_for_a_few_steps(path, root):
 # What a teacher has said before ----------------------------------------------
 
 PREPARED = [path for path in PATHS if '\nprepare = ' in path.read_text()]
+TURNS = marks(PREPARED, count=1)
 
 
-@pytest.mark.parametrize('path', PREPARED, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'path',
+    [pytest.param(path, id=path.stem, marks=TURNS[path]) for path in PREPARED],
+)
 def test_learns_of_what_its_commands_write_and_of_nothing_else(path, root):
     config = few_steps(path, root)
     (one, *others) = preparations(config, path.name)

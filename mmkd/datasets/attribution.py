@@ -8,7 +8,6 @@ image behind them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -167,7 +166,7 @@ class IGOverlay(BaseTransform):
         self,
         prob: float = 0.1,
         alpha: float = 0.5,
-        power: Sequence[float] = (1.0, 2.0),
+        power: tuple[float, float] = (1.0, 2.0),
         keep_clean: bool = True,
     ) -> None:
         check_fraction('IGOverlay', prob=prob, alpha=alpha)

@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
+from mmkd.checks import check_name
 from mmkd.classes import head_classes
 from mmkd.compat.checkpoint import check_file, hash_in_name, sha256_of
 from mmkd.datasets.check import (
@@ -23,6 +24,7 @@ from mmkd.datasets.check import (
 )
 from mmkd.engine.findings import Finding
 from mmkd.pixels import KEPT
+from mmkd.registry import REGISTRIES
 from mmkd.store import PREDICTING, PREDICTIONS, Store
 
 _TRAINING = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
@@ -56,6 +58,7 @@ def check_training(config: Config, data: bool = True) -> Report:
         ValueError: If a file or the config cannot be what it is meant to be.
     """
     _check_keys(config, _TRAINING, 'train')
+    check_types(config.to_dict())
     check_phases(config)
     check_kept(config.train_dataloader, 'train_dataloader')
     if config.get('load_from'):
@@ -89,6 +92,7 @@ def check_testing(config: Config, data: bool = True) -> Report:
         ValueError: If a file or the config cannot be what it is meant to be.
     """
     _check_keys(config, _TESTING, 'test')
+    check_types(config.to_dict())
     _check_weights(config.load_from, 'CHECKPOINT')
     warnings = _check_evaluation(config, 'test') if data else []
     return Report(warnings=warnings)
@@ -103,6 +107,36 @@ def _check_keys(config: Config, keys: Sequence[str], verb: str) -> None:
             f"whole one: _base_ = 'mmdet::retinanet/"
             f"retinanet_r50_fpn_1x_coco.py'."
         )
+
+
+def check_types(config: Any, where: str = '') -> None:
+    """What is called mmkd's must be there, wherever it stands.
+
+    Args:
+        config: Any part of a config.
+        where: Its place, for the message.
+
+    Raises:
+        ValueError: If there is no such component; the message suggests the
+            nearest.
+    """
+    if isinstance(config, Mapping):
+        kind = config.get('type')
+        if isinstance(kind, str) and kind.startswith('mmkd.'):
+            check_name(where, 'type', kind, _components())
+        for key, value in config.items():
+            check_types(value, f'{where}.{key}' if where else key)
+    elif isinstance(config, (list, tuple)):
+        for number, value in enumerate(config):
+            check_types(value, f'{where}[{number}]')
+
+
+def _components() -> list[str]:
+    found = []
+    for registry in REGISTRIES:
+        registry.import_from_location()
+        found += [f'mmkd.{name}' for name in registry.module_dict]
+    return found
 
 
 def unread_keys(config: Mapping) -> list[str]:

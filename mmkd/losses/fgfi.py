@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from mmkd.checks import check_fraction, check_same_shape
+from mmkd.checks import check_fraction, check_name, check_same_shape
 from mmkd.ops.masks import maximum_per_image, require_ground_truth
 from mmkd.ops.numeric import as_float
 from mmkd.registry import MODELS
@@ -148,9 +148,15 @@ class FGFILoss(nn.Module):
         from mmdet.registry import TASK_UTILS
 
         check_fraction('FGFILoss', threshold=threshold)
-        self.generator = TASK_UTILS.build(
-            {'type': 'AnchorGenerator', **anchor_generator}
-        )
+        anchors = {'type': 'AnchorGenerator', **anchor_generator}
+        if TASK_UTILS.get(anchors['type']) is None:
+            check_name(
+                'FGFILoss',
+                'anchor_generator',
+                anchors['type'],
+                TASK_UTILS.module_dict,
+            )
+        self.generator = TASK_UTILS.build(anchors)
         if not hasattr(self.generator, 'base_anchors'):
             raise ValueError(
                 f'FGFILoss imitates near anchors, but '

@@ -145,8 +145,8 @@ class UHKDLoss(nn.Module):
 
     def __init__(
         self,
-        grid: Sequence[int] | None = (32, 32),
-        keep: Sequence[int] = (16, 16),
+        grid: tuple[int, int] | None = (32, 32),
+        keep: tuple[int, int] = (16, 16),
         sigma: float | None = 0.5,
         component: str = 'amplitude',
         standardise: bool = True,

@@ -93,7 +93,7 @@ class ALPQueryTerm(Term):
         teacher: str,
         parts: Sequence[str] = ('decoder',),
         pair: str = 'questions',
-        channels: Sequence[int] | None = None,
+        channels: tuple[int, int] | None = None,
         student_layers: Sequence[int] | None = None,
         teacher_layers: Sequence[int] | None = None,
         bucket: str | None = None,

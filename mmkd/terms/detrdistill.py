@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,7 +114,7 @@ class DETRDistillTerm(Term):
     def __init__(
         self,
         teacher: str,
-        channels: Sequence[int] | None = None,
+        channels: tuple[int, int] | None = None,
         positive_weight: float = 1.0,
         negative_weight: float = 1.0,
         feature_weight: float = 1.0,

@@ -148,7 +148,7 @@ class MLKDBertLayersTerm(Term):
         levels: Sequence[int] | None = None,
         layer_map: str | Sequence[Sequence[int]] = 'uniform',
         splits: str | int = 'student',
-        grid: Sequence[int] = (16, 16),
+        grid: tuple[int, int] = (16, 16),
         emb_weight: float = 1.0,
         mha_weight: float = 1.0,
         ffn_weight: float = 1.0,

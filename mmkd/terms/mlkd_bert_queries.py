@@ -100,7 +100,7 @@ class MLKDBertQueryLayersTerm(Term):
         parts: Sequence[str] = PARTS,
         layer_map: str = 'uniform',
         splits: str | int = 'student',
-        grid: Sequence[int] = (16, 16),
+        grid: tuple[int, int] = (16, 16),
         l1_weight: float = 5.0,
         giou_weight: float = 2.0,
         emb_weight: float = 1.0,

@@ -479,8 +479,9 @@ def _head(
     except ValueError as error:
         raise ValueError(
             f'MultiHeadTerm cannot build {kind.__name__} with '
-            f'head_channels={head_channels}: {error}. Set a multiple of the '
-            f'groups of its norm, or head=dict(norm_cfg=…).'
+            f'head_channels={head_channels} and norm_cfg='
+            f'{config.get("norm_cfg")}: {error}. Set a multiple of the '
+            f'groups of its norm, or another norm by head=dict(norm_cfg=…).'
         ) from error
     check_decodable('MultiHeadTerm', head, 'auxiliary side')
     head.init_weights()

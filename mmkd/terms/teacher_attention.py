@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkd.arguments import check_arguments
 from mmkd.build import build
 from mmkd.checks import (
     check_channels,
@@ -249,12 +250,10 @@ class TeacherAttentionTerm(Term):
                     f'{one["loss"]["type"]} does not. Choose a loss on '
                     f'outputs of heads, such as mmkd.SoftTargetLoss.'
                 )
-        known = inspect.signature(Temperature).parameters
-        for name in temperature or {}:
-            check_name(_WHO, 'setting in temperature', name, known)
-        self.temperature = (
-            None if temperature is None else Temperature(**temperature)
-        )
+        self.temperature = None
+        if temperature is not None:
+            check_arguments(f'{_WHO}: temperature', Temperature, temperature)
+            self.temperature = Temperature(**temperature)
         if self.temperature is not None and not self._warm():
             raise ValueError(
                 f'{_WHO} has a temperature to follow, but none of its losses '

@@ -58,7 +58,10 @@ def sets_of(cache):
     }
 
 
-@pytest.mark.parametrize('generator', ['sample', 'nbest', 'mbr'])
+@pytest.mark.parametrize(
+    'generator',
+    ['sample', 'mbr', pytest.param('nbest', marks=pytest.mark.slow)],
+)
 def test_every_image_is_described_in_the_ids_of_its_data(command, generator):
     status, cache = command('--generator', generator)
     assert status == 0

@@ -170,6 +170,7 @@ def test_a_signal_to_one_rank_stops_all_in_the_same_step(data, tmp_path):
     assert len(saved[KEY]['ranks']) == RANKS
 
 
+@pytest.mark.slow
 @forks
 def test_ranks_that_look_at_their_first_step_train_the_same(
     data, tmp_path, teachers, terms

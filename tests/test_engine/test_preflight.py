@@ -48,6 +48,17 @@ def test_a_key_that_is_nearly_one_is_told(cfg, key):
         cfg.pop(wrong)
 
 
+def test_a_component_of_mmkd_that_there_is_not_is_told_with_its_place(cfg):
+    check_training(cfg)
+    cfg.custom_hooks = [dict(type='mmkd.FiniteLosHook')]
+    with pytest.raises(
+        ValueError,
+        match=r"custom_hooks\[0\] has no type 'mmkd\.FiniteLosHook'\. "
+        r"Did you mean 'mmkd\.FiniteLossHook'\?",
+    ):
+        check_training(cfg)
+
+
 def test_names_of_the_parts_of_a_config_are_their_own():
     own = (
         'train_pipeline',

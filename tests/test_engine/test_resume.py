@@ -101,7 +101,7 @@ def uninterrupted(data, tmp_path_factory):
     ('case', 'stop'),
     [
         pytest.param(*('epochs', 'epoch_1'), marks=pytest.mark.slow),
-        ('epochs', 'iter_2'),
+        pytest.param(*('epochs', 'iter_2'), marks=pytest.mark.slow),
         pytest.param(*('epochs', 'iter_3'), marks=pytest.mark.slow),
         ('epochs', 'iter_4'),
         pytest.param(
@@ -111,7 +111,9 @@ def uninterrupted(data, tmp_path_factory):
         pytest.param(
             *('epochs, lasting workers', 'epoch_1'), marks=pytest.mark.slow
         ),
-        ('epochs, lasting workers', 'iter_4'),
+        pytest.param(
+            *('epochs, lasting workers', 'iter_4'), marks=pytest.mark.slow
+        ),
         ('iterations', 'iter_4'),
         pytest.param(
             *('iterations, two workers', 'iter_4'), marks=pytest.mark.slow
@@ -123,7 +125,7 @@ def uninterrupted(data, tmp_path_factory):
             *('iterations, finite passes', 'iter_3'), marks=pytest.mark.slow
         ),
         ('batches resized', 'iter_3'),
-        ('batches resized', 'epoch_1'),
+        pytest.param(*('batches resized', 'epoch_1'), marks=pytest.mark.slow),
         ('gradients accumulated', 'iter_3'),
         pytest.param(
             *('averaged and validated', 'epoch_1'), marks=pytest.mark.slow
@@ -189,7 +191,7 @@ def test_leaving_out_any_part_of_the_state_is_noticed(
 @pytest.mark.parametrize(
     'press',
     [
-        dict(step=2),
+        pytest.param(dict(step=2), marks=pytest.mark.slow),
         pytest.param(dict(step=3), marks=pytest.mark.slow),
         dict(validation=1),
     ],

@@ -171,7 +171,7 @@ def wait_until(moment, training, diary, draw):
 
 
 def test_a_training_killed_over_and_over_ends_as_an_undisturbed_one(
-    data, teachers, tmp_path
+    data, teachers, tmp_path, tell
 ):
     whole = Training(
         config(data, tmp_path / 'whole', teachers, tmp_path / 'whole.txt'),
@@ -219,7 +219,7 @@ def test_a_training_killed_over_and_over_ends_as_an_undisturbed_one(
     assert runs.differences(*logged, 'log') == []
     assert torn, 'no kill hit a checkpoint that was being written'
     total = sum(kills.values())
-    print(
+    tell(
         f'{total} kills ({torn} left a half-written file), {ITERATIONS} '
         f'iterations, a checkpoint every {EVERY}: at most {max(repeated)} '
         f'iterations repeated; weights, average, optimiser, state and log '

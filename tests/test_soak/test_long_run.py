@@ -63,7 +63,9 @@ class Measure(Hook):
         self.found.append((memory(), handles(), spent))
 
 
-def test_neither_memory_nor_files_nor_time_grow(data, tmp_path, teachers):
+def test_neither_memory_nor_files_nor_time_grow(
+    data, tmp_path, teachers, tell
+):
     def feature(teacher, loss, **settings):
         return dict(
             type='mmkd.FeatureTerm',
@@ -105,7 +107,7 @@ def test_neither_memory_nor_files_nor_time_grow(data, tmp_path, teachers):
     assert len(room) == STEPS
     grown = max(room[-WARM:]) - max(room[:WARM])
     first, last = quick(spent[WARM // 2 : WARM]), quick(spent[-WARM // 2 :])
-    print(
+    tell(
         f'{STEPS} steps: {max(room[:WARM]):.0f} MiB after {WARM} of them and '
         f'{grown:+.1f} MiB at the end; {files[WARM]} open files, then '
         f'{files[-1]}; {1000 * first:.1f} ms of the processor a step, then '

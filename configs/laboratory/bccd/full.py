@@ -11,7 +11,7 @@ laboratory = dict(
     'on, another choice each seed; the teacher starts from ImageNet weights.',
     student='configs/laboratory/bccd/student.py',
     teacher='configs/laboratory/bccd/teacher.py',
-    methods=('default', 'pkd', 'fgd', 'affinity', 'crosskd', 'cwd_scores'),
+    methods=('default', 'pkd', 'crosskd'),
     seeds=(0, 1, 2, 3, 4, 5),
     labels=20,
 )
