@@ -26,7 +26,7 @@ help:
 	@echo 'make test       the tests (minutes)'
 	@echo 'make test-slow  the long ones as well'
 	@echo 'make test-all   every tiny config on three seeds (an hour)'
-	@echo 'make soak       kills, floods and long runs (an hour)'
+	@echo 'make soak       kills, floods, wrong configs and long runs (an hour or two)'
 	@echo "make zoo        every detector of mmdet's zoo, two steps (an hour)"
 	@echo 'make lint       ruff, as the commit hook runs it'
 	@echo 'make docs       the generated pages and tables'

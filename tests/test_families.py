@@ -15,6 +15,7 @@ import families
 import heads
 import numpy as np
 import pytest
+import rotation
 import tiny
 import torch
 from mmengine.logging import MessageHub
@@ -107,8 +108,6 @@ def alike(make: Callable, **more) -> Row:
 
 THREE, ONE = ((0, 1, 2),) * 2, ((0,),) * 2
 
-#: Two stages and masks, each of which another row has.
-LONG = ('cascade_mask_rcnn',)
 ROWS = dict(
     retinanet=alike(partial(heads.retinanet, convs=2), lacks=DENSE),
     fcos=alike(partial(heads.fcos, convs=2), lacks=DENSE | ANCHORS),
@@ -291,6 +290,9 @@ def hub(hub):
     return hub
 
 
+TURNS = rotation.marks([Path(name) for name in ROWS], count=14)
+
+
 @pytest.fixture(
     scope='module',
     params=[
@@ -298,7 +300,7 @@ def hub(hub):
             name,
             marks=(
                 pytest.mark.xdist_group(name),
-                *([pytest.mark.slow] if name in LONG else []),
+                *TURNS[Path(name)],
             ),
         )
         for name in ROWS

@@ -163,7 +163,7 @@ def of_one_stage(model):
 
 TAUGHT = [path for path in PATHS if 'teachers=dict()' not in path.read_text()]
 CHANGES = {
-    change: rotation.marks(TAUGHT, count=5, what=change.__name__)
+    change: rotation.marks(TAUGHT, count=3, what=change.__name__)
     for change in (
         *(wide, of_other_classes, of_another_head),
         *(of_two_stages, of_one_stage),

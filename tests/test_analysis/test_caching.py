@@ -155,6 +155,7 @@ def test_batches_of_images_of_several_sizes(make, capsys, batch_size):
     assert len(borders) > 2
 
 
+@pytest.mark.slow
 def test_sizes_that_no_batch_has_are_not_shown(make, capsys):
     """Where batches are of one orientation."""
     sizes = ((128, 96), (160, 96), (96, 128), (96, 160))
@@ -199,6 +200,7 @@ def test_as_many_images_as_there_are_take_as_long(make):
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 def test_each_scale_is_a_view(make, capsys):
     choice = dict(
         type='RandomChoiceResize',
@@ -283,6 +285,7 @@ def test_batches_that_are_resized_are_refused(make, capsys):
     assert 'batch_augments' in told
 
 
+@pytest.mark.slow
 def test_repeated_and_joined_data_sets(make, capsys):
     def wrap(dataset):
         repeated = dict(type='RepeatDataset', dataset=dataset, times=3)
@@ -427,6 +430,7 @@ def test_a_teacher_that_changes_is_told(make, capsys):
         losses(cached, data[1])
 
 
+@pytest.mark.slow
 def test_a_folder_that_moves_is_found(make, capsys):
     config = make(FLIP)
     run(capsys)

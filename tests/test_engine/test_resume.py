@@ -107,7 +107,9 @@ def uninterrupted(data, tmp_path_factory):
         pytest.param(
             *('epochs, two workers', 'epoch_1'), marks=pytest.mark.slow
         ),
-        ('epochs, two workers', 'iter_2'),
+        pytest.param(
+            *('epochs, two workers', 'iter_2'), marks=pytest.mark.slow
+        ),
         pytest.param(
             *('epochs, lasting workers', 'epoch_1'), marks=pytest.mark.slow
         ),
@@ -126,7 +128,9 @@ def uninterrupted(data, tmp_path_factory):
         ),
         ('batches resized', 'iter_3'),
         pytest.param(*('batches resized', 'epoch_1'), marks=pytest.mark.slow),
-        ('gradients accumulated', 'iter_3'),
+        pytest.param(
+            *('gradients accumulated', 'iter_3'), marks=pytest.mark.slow
+        ),
         pytest.param(
             *('averaged and validated', 'epoch_1'), marks=pytest.mark.slow
         ),
@@ -222,6 +226,7 @@ def test_ctrl_c_leaves_the_process_as_it_was(data, tmp_path):
     assert stopped.value.number == signal.SIGINT
 
 
+@pytest.mark.slow
 def test_a_run_without_a_seed_goes_on_with_the_one_it_drew(data, tmp_path):
     cfg = config(data, tmp_path / 'whole', 'iterations')
     cfg.randomness = dict(seed=None)

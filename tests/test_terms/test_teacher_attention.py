@@ -376,7 +376,7 @@ def test_a_stopped_training_knows_the_losses(build, hub):
     ('settings', 'message'),
     [
         (dict(teachers=('big',)), 'two teachers or more'),
-        (dict(teachers=('big', 'big')), 'two teachers or more'),
+        (dict(teachers=('big', 'big')), "'big' twice"),
         (dict(teachers=('big', 'othr')), "Did you mean 'other'?"),
         (dict(attn=dict(hiden=3)), "Did you mean 'hidden'?"),
         (dict(attn=dict(entropy_weight=-1.0)), 'entropy_weight >= 0'),
