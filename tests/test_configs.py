@@ -34,6 +34,7 @@ from mmkd.configs import (
     read_config,
     student_config,
 )
+from mmkd.engine.preflight import check_types, unread_keys
 from mmkd.laboratory.preparation import Preparation, preparations
 
 ROOT = Path(__file__).parents[1]
@@ -235,6 +236,13 @@ def test_differs_from_the_student_only_in_what_the_card_names(path):
         for names in (OWN_KEYS, OPTIONAL_KEYS)
     )
     assert found - optional == {*keys, 'model.type', *allowed}
+
+
+@EVERY
+def test_all_that_it_names_is_there_and_read(path):
+    config = config_of(path)
+    check_types(config.to_dict())
+    assert unread_keys(config) == []
 
 
 @EVERY
