@@ -32,7 +32,15 @@ from mmkd.configs import read_config, student_config
 from mmkd.datasets.check import named_classes
 from mmkd.distillers.distiller import CHECK_SIZES, example_sample
 from mmkd.randomness import preserved
-from mmkd.recipes import DEFAULT, RECIPES, Pair, inherits, look, recipe
+from mmkd.recipes import (
+    DEFAULT,
+    INHERIT,
+    RECIPES,
+    Pair,
+    inherits,
+    look,
+    recipe,
+)
 from mmkd.registry import DETECTORS, MODELS
 from mmkd.teachers import Teacher, run_detector
 from mmkd.terms.feature import FeatureTerm
@@ -189,8 +197,9 @@ def plan(
     names = _named_alike(student, teacher_config, checkpoint)
     pair, names, differ = _paired(student, teacher_config, names)
     settings = dict(config=str(teacher), checkpoint=checkpoint)
-    if inherits(method):
-        settings['inherit'] = True
+    inherit = inherits(method, pair)
+    if inherit:
+        settings['inherit'] = inherit
     if names is not None:
         settings['classes'] = names
     with preserved():
@@ -207,7 +216,7 @@ def plan(
             ) from error
         if '://' not in checkpoint:
             model.teachers[TEACHER].load()  # whether the file is its own
-        if names and not (inherits(method) or _compares(model)):
+        if names and not (inherit or _compares(model)):
             del config.model.teachers[TEACHER]['classes']  # said of nothing
         rows = [
             row
@@ -247,7 +256,7 @@ def fitting(
             _distilling(student, plain, recipe('mimic', pair)).model
         )
         for method in RECIPES:
-            model.teachers[TEACHER].inherit = inherits(method)
+            model.teachers[TEACHER].inherit = inherits(method, pair)
             try:
                 model.teachers[TEACHER].check_heirlooms(model)
                 model.take(recipe(method, pair), seen)
@@ -288,7 +297,7 @@ def _check_share(method: str, share: float | None) -> None:
     if share is None:
         return
     check_positive('mmkd train', **{'--share': share})
-    if method == DEFAULT or inherits(method):
+    if method in (DEFAULT, INHERIT):
         raise ValueError(
             f'--share weighs a method by its gradient, but {method!r} '
             f'{"states its own shares" if method == DEFAULT else "has none"}. '
@@ -393,6 +402,8 @@ def _paired(
         said = f'only methods on features apply. {error}'
         return pair, None, [apart + said]
     pair = replace(pair, student=student_config(student.model))
+    if lacks:  # the student's own head has more classes than the teacher's
+        pair = replace(pair, alike=())
     return pair, names, [apart + said]
 
 
@@ -423,7 +434,7 @@ def _some(names: tuple[str, ...]) -> str:
 
 def _without_classes(pair: Pair) -> Pair:
     levels = tuple(replace(one, scores=False) for one in pair.levels)
-    return replace(pair, levels=levels, heads=None, comparable=False)
+    return replace(pair, levels=levels, heads=None, comparable=False, alike=())
 
 
 def _check_classes(model: nn.Module, pair: Pair) -> None:

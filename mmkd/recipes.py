@@ -45,6 +45,10 @@ NO_LOGITS = (CenterNetHead, GuidedAnchorHead, TOODHead, YOLOV3Head)
 
 #: What a user gets who names no method.
 DEFAULT = 'default'
+#: Parts whose weights the default lets a student start from, where alike.
+STARTS = ('bbox_head', 'rpn_head', 'roi_head')
+#: Where nothing is learnt but what the student starts from.
+INHERIT = 'inherit'
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,8 @@ class Pair:
         asks: Whether both find objects by queries.
         queries: What their decoders share; None if one has none.
         comparable: Whether any class of the two is the same, or may be.
+        alike: Parts besides the backbone that are the same detector's on both
+            sides, so that the student can start from the teacher's weights.
     """
 
     tap: str
@@ -138,6 +144,7 @@ class Pair:
     asks: bool = False
     queries: Queries | None = None
     comparable: bool = True
+    alike: tuple[str, ...] = ()
 
     def term(self, loss: Mapping, adapt: bool = True, **more: Any) -> dict:
         """A feature term over all common levels.
@@ -307,7 +314,55 @@ def look(
         _heads(*detectors),
         asks=all(asks(one) for one in detectors),
         queries=queries,
+        alike=_alike(models, detectors),
     )
+
+
+def _alike(
+    models: Sequence[Mapping], detectors: Sequence[nn.Module]
+) -> tuple[str, ...]:
+    """Parts of one form that mean the same, by their settings.
+
+    Shapes alone do not tell: of other anchors, or of another order of outputs,
+    a head's weights say something else.
+    """
+    own, other = models
+    student, teacher = detectors
+    theirs = dict(teacher.named_children())
+    parts = [
+        name
+        for name, part in student.named_children()
+        if name not in ('backbone', 'data_preprocessor')
+        and name in theirs
+        and _form(own.get(name)) == _form(other.get(name))
+        and _shapes_of(part) == _shapes_of(theirs[name])
+    ]
+    parts += [
+        name
+        for name, one in student._parameters.items()
+        if one is not None
+        and name in teacher._parameters
+        and one.shape == teacher._parameters[name].shape
+    ]
+    return tuple(parts)
+
+
+def _form(config: Any) -> Any:
+    """A part's settings without those that training alone reads."""
+    if isinstance(config, Mapping):
+        return {
+            key: _form(value)
+            for key, value in config.items()
+            if not key.startswith('loss')
+            and key not in ('init_cfg', 'train_cfg', 'test_cfg')
+        }
+    if isinstance(config, (list, tuple)):
+        return [_form(one) for one in config]
+    return config
+
+
+def _shapes_of(part: nn.Module) -> dict[str, torch.Size]:
+    return {key: one.shape for key, one in part.state_dict().items()}
 
 
 def _queries(*detectors: nn.Module) -> Queries | None:
@@ -472,16 +527,26 @@ def recipe(method: str, pair: Pair, share: float | None = None) -> Terms:
     balanced = all(
         one['type'] == 'mmkd.BalancedTerm' for one in terms.values()
     )
-    if share is None or balanced or inherits(method):
+    if share is None or balanced or method == INHERIT:
         return terms
     return {
         'balanced': dict(type='mmkd.BalancedTerm', terms=terms, share=share)
     }
 
 
-def inherits(method: str) -> bool:
-    """Whether a recipe lets the student start from the teacher's parts."""
-    return method == 'inherit'
+def inherits(method: str, pair: Pair) -> bool | tuple[str, ...]:
+    """Which parts a recipe lets the student start from, as a teacher's
+    ``inherit``.
+
+    Args:
+        method: Its name.
+        pair: What :func:`look` found.
+    """
+    if method == INHERIT:
+        return pair.alike or True  # which says what differs
+    if method == DEFAULT and pair.comparable and not pair.asks:
+        return tuple(one for one in pair.alike if one in STARTS) or False
+    return False
 
 
 def _method(write: Callable[[Pair], Terms]) -> Callable[[Pair], Terms]:

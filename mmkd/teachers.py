@@ -512,10 +512,19 @@ class Teacher:
         if not self.inherit:
             return
         for part in self._heirlooms(student):
-            own = _part(student, part)
-            state = _part(self.detector, part).state_dict()
-            shapes = {key: one.to('meta') for key, one in state.items()}
-            _check_heirloom(self, part, own, _given(own, shapes))
+            differs = self._differs(student, part)
+            if differs:
+                fit = tuple(
+                    one
+                    for one in self._shared(student)
+                    if one != 'backbone' and not self._differs(student, one)
+                )
+                advice = f'inherit={fit!r}, which fits, or ' if fit else ''
+                raise ValueError(
+                    f'Teacher {self.name!r}: the student cannot inherit '
+                    f'{part!r}: {len(differs)} tensors differ'
+                    f'{_some(differs)}. Set {advice}inherit=False.'
+                )
 
     def lend(self, student: nn.Module) -> None:
         """Start the student from the parts that ``inherit`` names.
@@ -525,9 +534,10 @@ class Teacher:
         """
         if not self.inherit:
             return
+        self.check_heirlooms(student)
         parts = self._heirlooms(student)
         taken = sum(
-            _copy(self, part, _part(student, part), self.detector)
+            _copy(_part(student, part), _part(self.detector, part))
             for part in parts
         )
         touched = {part.partition('.')[0] for part in parts}
@@ -540,18 +550,38 @@ class Teacher:
             logger='current',
         )
 
-    def _heirlooms(self, student: nn.Module) -> list[str]:
-        shared = [
+    def _differs(self, student: nn.Module, part: str) -> list[str]:
+        """Which tensors of a part the student keeps in another shape."""
+        own = _part(student, part)
+        state = _part(self.detector, part).state_dict()
+        shapes = {key: one.to('meta') for key, one in state.items()}
+        given, wanted = _given(own, shapes), own.state_dict()
+        differs = [
+            f'{key} {tuple(given[key].shape) if key in given else "missing"} '
+            f'for {tuple(wanted[key].shape)}'
+            for key in wanted
+            if key not in given or given[key].shape != wanted[key].shape
+        ]
+        return differs + [
+            f'{key} left over' for key in given if key not in wanted
+        ]
+
+    def _shared(self, student: nn.Module) -> list[str]:
+        """Parts that both detectors have."""
+        modules = [
             name
             for name, _ in student.named_children()
             if name not in ('data_preprocessor', 'terms')
             and isinstance(getattr(self.detector, name, None), nn.Module)
         ]
-        shared += [
+        return modules + [
             name
             for name in student._parameters
             if name in self.detector._parameters
         ]
+
+    def _heirlooms(self, student: nn.Module) -> list[str]:
+        shared = self._shared(student)
         if self.inherit is True:
             parts = [name for name in shared if name != 'backbone']
         else:
@@ -628,11 +658,9 @@ def _part(detector: nn.Module, name: str) -> nn.Module:
     return nn.ParameterDict({name: own})
 
 
-def _copy(
-    teacher: Teacher, part: str, own: nn.Module, detector: nn.Module
-) -> int:
-    given = _given(own, _part(detector, part).state_dict())
-    _check_heirloom(teacher, part, own, given)
+def _copy(own: nn.Module, other: nn.Module) -> int:
+    """Give a part the weights of another; how many tensors."""
+    given = _given(own, other.state_dict())
     own.load_state_dict(given)
     return len(given)
 
@@ -643,26 +671,6 @@ def _given(own: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if hasattr(module, 'adopt'):
             module.adopt(state, f'{name}.' if name else '')
     return state
-
-
-def _check_heirloom(
-    teacher: Teacher, part: str, own: nn.Module, given: Mapping[str, Tensor]
-) -> None:
-    wanted = own.state_dict()
-    differs = [
-        f'{key} {tuple(given[key].shape) if key in given else "missing"} for '
-        f'{tuple(wanted[key].shape)}'
-        for key in wanted
-        if key not in given or given[key].shape != wanted[key].shape
-    ]
-    differs += [f'{key} left over' for key in given if key not in wanted]
-    if differs:
-        raise ValueError(
-            f'Teacher {teacher.name!r}: the student cannot inherit '
-            f'{part!r}: {len(differs)} tensors differ{_some(differs)}. Name '
-            f"the parts that match, for instance inherit=('neck',), or set "
-            f'inherit=False.'
-        )
 
 
 class Teachers(dict):

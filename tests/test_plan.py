@@ -119,9 +119,32 @@ def test_a_share_that_would_do_nothing_is_refused(method, share, said):
 def test_a_student_may_begin_with_its_teacher_s_parts(files):
     """Neck and head, which are alike where the backbones are."""
     found = plan(*files(teacher=tiny.retinanet()), 'inherit')
-    assert found.config.model.teachers.teacher.inherit is True
+    teacher = found.config.model.teachers.teacher
+    assert teacher.inherit == ('neck', 'bbox_head')
+    assert not found.config.model.terms.nothing.loss.loss_weight
+    found = plan(*files(), 'inherit')  # necks of other widths below
+    assert found.config.model.teachers.teacher.inherit == ('bbox_head',)
     with pytest.raises(ValueError, match="'inherit' does not fit"):
-        plan(*files(), 'inherit')
+        plan(*files(tiny.retinanet(channels=8)), 'inherit')
+
+
+def test_the_default_starts_from_a_head_that_means_the_same(files):
+    found = plan(*files())
+    assert found.config.model.teachers.teacher.inherit == ('bbox_head',)
+    detector = MODELS.build(found.config.model)
+    detector.init_weights()
+    head = detector.teachers['teacher'].detector.bbox_head.state_dict()
+    for name, value in detector.bbox_head.state_dict().items():
+        assert torch.equal(value, head[name])
+
+
+def test_a_head_of_more_classes_than_its_teacher_s_is_its_own(files):
+    names = ('disc', 'square', 'unheard_of')
+    found = plan(*files(meta=dict(dataset_meta=dict(classes=names))))
+    assert any('and not' in one for one in found.notes)
+    assert 'inherit' not in found.config.model.teachers.teacher
+    found = plan(*files(meta=dict(dataset_meta=dict(classes=('x', 'y', 'z')))))
+    assert 'inherit' not in found.config.model.teachers.teacher
 
 
 def test_the_config_is_the_student_s_and_three_keys_more(files):

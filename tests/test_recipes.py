@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import detrs
@@ -14,11 +15,14 @@ from mmdet.models.dense_heads import GARetinaHead
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+import mmkd
+from mmkd.configs import read_config
 from mmkd.recipes import (
     DEFAULT,
     NO_LOGITS,
     RECIPES,
     _stated,
+    inherits,
     look,
     recipe,
 )
@@ -303,6 +307,54 @@ def test_heads_are_looked_at():
     found = look(dict(model=one), dict(model=other)).heads
     assert (found.classes, found.sigmoid, found.bins) == (3, True, 4)
     assert (found.convs, found.widths, found.strides) == (2, (16, 24), True)
+
+
+def test_parts_are_alike_by_what_they_mean_and_not_by_shapes():
+    """Other losses change nothing; other anchors make other boxes."""
+    one = tiny.retinanet()
+    assert alike(one, tiny.retinanet(base=16)) == ('bbox_head',)
+    other = copy.deepcopy(one)
+    other.bbox_head.loss_cls.gamma = 1.5
+    other.bbox_head.init_cfg = dict(type='Normal', layer='Conv2d', std=0.1)
+    assert alike(one, other) == ('neck', 'bbox_head')
+    other.bbox_head.anchor_generator.octave_base_scale = 8
+    assert alike(one, other) == ('neck',)
+    assert alike(one, tiny.faster_rcnn()) == ()
+
+
+def test_parts_of_a_detector_of_queries_are_alike():
+    """The states that it begins with are a parameter of its own."""
+    models = [detrs.detr('deformable') for _ in range(2)]
+    assert {'decoder', 'bbox_head', 'level_embed'} <= {*alike(*models)}
+    pair = look(*(dict(model=one) for one in models))
+    assert inherits('inherit', pair) == pair.alike
+    assert inherits('default', pair) is False  # one head of many decoders
+
+
+def test_a_two_stage_default_starts_from_both_heads():
+    one = tiny.faster_rcnn()
+    other = copy.deepcopy(one)
+    other.train_cfg.rcnn.sampler.num = 7
+    pair = look(dict(model=one), dict(model=other))
+    assert inherits('default', pair) == ('rpn_head', 'roi_head')
+    assert inherits('pkd', pair) is False
+    assert inherits('inherit', pair)[0] == 'neck'
+
+
+def test_the_ablation_is_the_default_but_for_the_start():
+    folder = Path(mmkd.__file__).parents[1] / 'configs/laboratory/bccd'
+    student, teacher, own = (
+        read_config(folder / f'{name}.py')
+        for name in ('student', 'teacher', 'default_own_head')
+    )
+    pair = look(student, teacher)
+    assert own.model.terms.to_dict() == recipe('default', pair)
+    assert inherits('default', pair) == ('bbox_head',)
+    assert not own.model.teachers.teacher.get('inherit')
+
+
+def alike(student, teacher):
+    return look(dict(model=student), dict(model=teacher)).alike
 
 
 def test_what_heads_do_not_share():

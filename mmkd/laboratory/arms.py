@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mmengine.config import Config, ConfigDict
@@ -18,7 +19,7 @@ from mmkd.configs import (
     student_config,
 )
 from mmkd.laboratory.runs import iterations
-from mmkd.recipes import RECIPES, Pair, inherits, recipe
+from mmkd.recipes import INHERIT, RECIPES, Pair, inherits, recipe
 
 #: A part of the schedule that starts at 0 and ends within this share of the
 #: training is a warm-up, whose length a longer training keeps.
@@ -93,13 +94,11 @@ def distilled(
     """
     own = read_config(method) if method not in RECIPES else None
     name = Path(method).stem
-    teacher = dict(teacher)
-    shown_another = teacher.pop('sham', False)
     if own is not None:
         added, teacher = _taken_from(own, teacher, method)
     else:
         added = dict(terms=recipe(method, pair, share))
-        teacher = dict(teacher, inherit=inherits(method))
+        teacher = dict(teacher, inherit=inherits(method, pair))
     settings = copy.deepcopy(student)
     plain = student_config(settings.model)
     kind = plain.type
@@ -107,7 +106,7 @@ def distilled(
         plain,
         type='mmkd.Distiller',
         student=kind,
-        teachers={pair.teacher: dict(teacher, sham=shown_another)},
+        teachers={pair.teacher: dict(teacher, sham=False)},
         **added,
     )
     settings.custom_hooks = [
@@ -119,24 +118,27 @@ def distilled(
     ]
     if own is not None:
         _take_the_rest(settings, own)
-    kind = 'inherited' if inherits(method) else 'distilled'
+    kind = 'inherited' if method == INHERIT else 'distilled'
     return Arm(name, name, kind, settings, name)
 
 
-def sham(arm: Arm, word: str, step_ratio: float | None) -> Arm:
+def sham(arm: Arm, word: str, **teacher: Any) -> Arm:
     """A distilled arm whose teacher knows nothing of the image: a control.
 
     Args:
-        arm: The arm, with such a teacher.
+        arm: The arm.
         word: What the teacher is.
-        step_ratio: That of the true arm.
+        **teacher: The arguments that make it that.
     """
+    settings = copy.deepcopy(arm.settings)
+    for one in settings.model.teachers.values():
+        one.update(teacher)
     return replace(
         arm,
         name=f'{arm.name}_{word}',
         title=f'{arm.title}, {word}',
         kind='sham',
-        step_ratio=step_ratio,
+        settings=settings,
     )
 
 

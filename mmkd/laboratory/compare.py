@@ -602,11 +602,14 @@ class Comparison:
         if 'distilled' in wanted:
             arms += taught
         arms += more
+        real = [one for one in arms if one.kind == 'distilled']
         if 'sham' in wanted:
-            arms += self._shams(pair, taught, dict(teacher, sham=True), 'sham')
+            arms += [build.sham(one, 'sham', sham=True) for one in real]
         if 'shuffled' in wanted:
-            other = dict(teacher, checkpoint=str(self._shuffled()))
-            arms += self._shams(pair, taught, other, 'shuffled')
+            weights = str(self._shuffled())
+            arms += [
+                build.sham(one, 'shuffled', checkpoint=weights) for one in real
+            ]
         return arms
 
     def _unlabelled(self, taught: Sequence[Arm]) -> list[Arm]:
@@ -618,26 +621,6 @@ class Comparison:
             )
         return [
             build.unlabelled(arm) for arm in taught if arm.kind == 'distilled'
-        ]
-
-    def _shams(
-        self, pair: Pair, taught: Sequence[Arm], teacher: dict, word: str
-    ) -> list[Arm]:
-        """The distilled arms, by a teacher that knows nothing of the image."""
-        return [
-            build.sham(
-                build.distilled(
-                    self.student,
-                    teacher,
-                    pair,
-                    method,
-                    self.setting.share or None,
-                ),
-                word,
-                arm.step_ratio,
-            )
-            for method, arm in zip(self.setting.methods, taught)
-            if arm.kind == 'distilled'
         ]
 
     def _shuffled(self) -> Path:

@@ -218,7 +218,8 @@ class PredictedBoxTerm(Term):
                 )
         other = sample.new()
         other.gt_instances = gt
-        if 'ignored_instances' not in other:
+        # An image without labels comes with ignored ones that have no boxes.
+        if 'bboxes' not in other.get('ignored_instances', ()):
             other.ignored_instances = gt[:0]
         return other
 

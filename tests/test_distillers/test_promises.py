@@ -461,8 +461,19 @@ def _deeper_teacher(teachers):
 
 def test_inheriting_parts_that_differ_is_an_error(teachers, terms):
     teachers['big']['inherit'] = True
-    with pytest.raises(ValueError, match="cannot inherit 'neck'"):
+    with pytest.raises(ValueError, match="cannot inherit 'neck'") as told:
         tiny.build(tiny.distilled(tiny.retinanet(), teachers, terms))
+    assert "inherit=('bbox_head',), which fits" in str(told.value)
+    teachers['big']['inherit'] = ('bbox_head',)
+    tiny.build(tiny.distilled(tiny.retinanet(), teachers, terms))
+
+
+def test_where_no_part_fits_none_is_proposed(teachers, terms):
+    teachers['big']['inherit'] = True
+    student = tiny.retinanet(channels=8)
+    with pytest.raises(ValueError, match='differ.*Set inherit=False') as told:
+        tiny.build(tiny.distilled(student, teachers, terms))
+    assert 'which fits' not in str(told.value)
 
 
 # 6. Mistakes fail while the model is built -----------------------------------

@@ -189,9 +189,19 @@ def test_images_without_labels_are_an_arm_where_it_is_asked_for(comparison):
         'pkd',
         'pkd_unlabelled',
         'pkd_sham',
+        'pkd_unlabelled_sham',
     ]
-    run = trials.runs['pkd_unlabelled', 0]
-    assert run.settings.train_dataloader.dataset.type == 'ConcatDataset'
+    for name in ('pkd_unlabelled', 'pkd_unlabelled_sham'):
+        run = trials.runs[name, 0]
+        assert run.settings.train_dataloader.dataset.type == 'ConcatDataset'
+        shown_another = run.settings.model.teachers.teacher.sham
+        assert shown_another == name.endswith('sham')
+    comparison.setting.arms = ['alone', 'unlabelled', 'sham']
+    assert [arm.name for arm in comparison._trials().arms] == [
+        'alone',
+        'pkd_unlabelled',
+        'pkd_unlabelled_sham',
+    ]
 
 
 def test_the_teacher_keeps_what_it_said(comparison):

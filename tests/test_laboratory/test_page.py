@@ -175,7 +175,7 @@ def test_the_default_recipe_is_summed_up(results):
     text = page.of_default([as_default(results)])
     assert (
         '| Cells | 40.0 | 15.0 | 16.0 | 30.0 | +6.5 (-1.5 to +14.5) | 25% '
-        '| 25% | 1 of 2 |'
+        '(10% to 40%) | 25% | 1 of 2 |'
     ) in text
     assert 'It is not shown to help: Cells.' in text
 
@@ -191,6 +191,13 @@ def test_it_says_where_it_helps_and_where_not(results):
     assert 'It harms: Bad.' in text
     assert 'Not measured against equal time: Cells.' in text
     assert text.count('| Cells |') == 1  # pkd alone has no row
+
+
+def test_it_counts_as_well_with_images_without_labels(results):
+    text = json.dumps(as_default(results))
+    text = text.replace('"default', '"default_unlabelled')
+    both = page.of_default([as_default(results), json.loads(text)])
+    assert both.count('| Cells | 40.0 | 15.0 | 16.0 | 30.0 |') == 2
 
 
 def test_no_default_no_words(results):

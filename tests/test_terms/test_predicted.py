@@ -7,6 +7,7 @@ from functools import partial
 
 import detrs
 import families
+import heads
 import one_term
 import pytest
 import rois
@@ -370,6 +371,21 @@ def test_labels_are_not_needed(build):
     del samples[0].gt_instances
     losses = mixed.loss(images, samples)
     assert losses['loss_kd_x_task'].isfinite()
+
+
+@pytest.mark.parametrize('student', [tiny.retinanet, heads.atss])
+def test_images_without_labels_are_learnt_as_they_are_packed(build, student):
+    """Pipelines without labels pack ignored objects that have no boxes,
+    which ATSS reads and RetinaNet's assigner does not."""
+    model = build(student, score_thr=0.2)
+    images, samples = tiny.batch()
+    expected = model.loss(images, samples)
+    (own,) = (one for one in expected if one.startswith('loss_kd_x'))
+    for one in samples[1:]:
+        one.gt_instances = InstanceData()
+        one.ignored_instances = InstanceData()
+    found = model.loss(images, samples)
+    torch.testing.assert_close(found[own], expected[own])
 
 
 # What is annotated -----------------------------------------------------------

@@ -11,7 +11,15 @@ laboratory = dict(
     'on, another choice each seed; the teacher starts from ImageNet weights.',
     student='configs/laboratory/bccd/student.py',
     teacher='configs/laboratory/bccd/teacher.py',
-    methods=('default', 'pkd', 'crosskd'),
+    methods=(
+        'default',
+        'configs/laboratory/bccd/default_own_head.py',
+        'inherit',
+        'pkd',
+        'fgd',
+        'affinity',
+        'crosskd',
+    ),
     seeds=(0, 1, 2, 3, 4, 5),
     labels=20,
 )
