@@ -58,7 +58,7 @@ from mmkd.laboratory.results import (
 )
 from mmkd.laboratory.runs import DONE, Run, carry_out, iterations
 from mmkd.laboratory.shuffled import save_shuffled
-from mmkd.laboratory.verify import records, verify
+from mmkd.laboratory.verify import made_by, records, verify
 from mmkd.reading import read_json
 from mmkd.recipes import DEFAULT, RECIPES, Pair, look
 
@@ -421,8 +421,15 @@ class Comparison:
             ]
             if not any(run.stale for run in runs):
                 continue
+            before = made.get(arm.name, '')
+            if not any(run.stale and made_by(run, before) for run in runs):
+                print(
+                    f'{arm.title}: not by code alone; the same command '
+                    f'without --verify trains it anew.'
+                )
+                continue
             print(f'{arm.title}: repeating {steps} steps ...')
-            found = verify(runs, made.get(arm.name, ''), steps)
+            found = verify(runs, before, steps)
             if found is None:
                 self._keep_pace(arm)
             else:

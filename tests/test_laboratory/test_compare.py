@@ -270,7 +270,9 @@ def stale(comparison, monkeypatch):
         for seed in (0, 1):
             run = first.runs[name, seed]
             run.keys['code'] = 'earlier'
-            run.folder.mkdir(parents=True)
+            run.predictions.parent.mkdir(parents=True)
+            for file in (run.final, run.predictions):
+                file.write_text('')
             (run.folder / 'fingerprint').write_text(run.fingerprint())
     config = pace['pkd']['key'].split()[0]
     pace['pkd']['key'] = f'{config} earlier'
@@ -301,6 +303,21 @@ def test_only_stale_results_are_verified_and_their_pace_is_kept(
     assert 'pkd' in str(asked[0][0][0].folder)
     stale.options.verify = None
     assert stale._trials().arms[2].step_ratio == 1.21
+
+
+def test_what_is_stale_for_more_than_its_code_is_left_to_train(
+    stale, monkeypatch, capsys
+):
+    for seed in (0, 1):
+        stamp = stale.folder / 'pkd' / f'seed{seed}' / 'fingerprint'
+        stamp.write_text('of other settings')
+    asked = []
+    monkeypatch.setattr(
+        compare, 'verify', lambda runs, *how: asked.append(runs[0].name)
+    )
+    stale.run()
+    assert asked == ['pkd, sham, seed 0']
+    assert 'pkd: not by code alone' in capsys.readouterr().out
 
 
 def test_a_repeat_that_differs_ends_the_command(stale, monkeypatch):
