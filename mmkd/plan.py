@@ -34,6 +34,7 @@ from mmkd.distillers.distiller import CHECK_SIZES, example_sample
 from mmkd.randomness import preserved
 from mmkd.recipes import (
     DEFAULT,
+    DEFAULT_PREDICTED,
     INHERIT,
     RECIPES,
     Pair,
@@ -297,10 +298,11 @@ def _check_share(method: str, share: float | None) -> None:
     if share is None:
         return
     check_positive('mmkd train', **{'--share': share})
-    if method in (DEFAULT, INHERIT):
+    if method in (DEFAULT, DEFAULT_PREDICTED, INHERIT):
+        none = method == INHERIT
         raise ValueError(
             f'--share weighs a method by its gradient, but {method!r} '
-            f'{"states its own shares" if method == DEFAULT else "has none"}. '
+            f'{"has none" if none else "states its own shares"}. '
             f'Name another, for instance --method pkd, or edit what '
             f'--print-config writes.'
         )

@@ -45,6 +45,8 @@ NO_LOGITS = (CenterNetHead, GuidedAnchorHead, TOODHead, YOLOV3Head)
 
 #: What a user gets who names no method.
 DEFAULT = 'default'
+#: The same, and the teacher's detections as labels where there are none.
+DEFAULT_PREDICTED = 'default_predicted'
 #: Parts whose weights the default lets a student start from, where alike.
 STARTS = ('bbox_head', 'rpn_head', 'roi_head')
 #: Where nothing is learnt but what the student starts from.
@@ -524,7 +526,7 @@ def recipe(method: str, pair: Pair, share: float | None = None) -> Terms:
     """
     check_name('mmkd.recipes', 'method', method, RECIPES)
     terms = RECIPES[method](pair)
-    balanced = all(
+    balanced = any(
         one['type'] == 'mmkd.BalancedTerm' for one in terms.values()
     )
     if share is None or balanced or method == INHERIT:
@@ -544,7 +546,8 @@ def inherits(method: str, pair: Pair) -> bool | tuple[str, ...]:
     """
     if method == INHERIT:
         return pair.alike or True  # which says what differs
-    if method == DEFAULT and pair.comparable and not pair.asks:
+    states = method in (DEFAULT, DEFAULT_PREDICTED)
+    if states and pair.comparable and not pair.asks:
         return tuple(one for one in pair.alike if one in STARTS) or False
     return False
 
@@ -1088,3 +1091,12 @@ def default(pair: Pair) -> Terms:
     return dict(
         default=dict(type='mmkd.BalancedTerm', terms=terms, share=share)
     )
+
+
+@_method
+def default_predicted(pair: Pair) -> Terms:
+    """For images without labels: the default, and the teacher's detections.
+
+    Features alone leave the student's boxes unlearnt where nobody drew any.
+    """
+    return default(pair) | predicted(pair)

@@ -108,6 +108,7 @@ def test_a_share_weighs_any_method_by_its_gradient(files):
         ('pkd', 0.0, '--share'),
         ('pkd', -1.0, '--share'),
         ('default', 1.0, 'its own shares'),
+        ('default_predicted', 1.0, 'its own shares'),
         ('inherit', 1.0, 'has none'),
     ],
 )

@@ -13,7 +13,7 @@ from mmkd.analysis.verdict import outcome
 from mmkd.laboratory.digests import source_digest
 from mmkd.laboratory.runs import PACKAGE
 from mmkd.reading import read_json
-from mmkd.recipes import DEFAULT
+from mmkd.recipes import DEFAULT, DEFAULT_PREDICTED
 
 FOLDER = Path('docs/results')
 PAGE = Path('docs/results.md')
@@ -40,15 +40,17 @@ What a student learns by that names no method: PKD on the neck, which pushes
 the backbone's maps as hard as the detection loss does, and, where both heads
 give the same class scores, CWD on these, half as hard. A head of the teacher's
 form starts from the teacher's weights. The shares are round numbers and the
-same everywhere. With and without CWD, and with and without the teacher's head
-to start from, was tried on the validation split of the blood cells, with seeds
-that are not reported. Shares of 2 and 4 for PKD alone made no clear difference
-there and on tree crowns (one seed each). The *gap* is that from the student
-alone, in equal time (with 95 % interval) and in equal steps, to the teacher.
+same everywhere. `default_predicted`, for images without labels, also learns
+from what the teacher detects. With and without CWD, the teacher's head to
+start from, and its detections was tried on the validation split of the blood
+cells, with seeds that are not reported. Shares of 2 and 4 for PKD alone made
+no clear difference there and on tree crowns (one seed each). The *gap* is that
+from the student alone, in equal time (with 95 % interval) and in equal steps,
+to the teacher.
 """
 
 #: The default recipe's arms, the one that counts for a setting first.
-NAMES = (DEFAULT, f'{DEFAULT}_unlabelled')
+NAMES = (DEFAULT, f'{DEFAULT_PREDICTED}_unlabelled')
 #: Of the default recipe against the student alone in equal time.
 OUTCOMES = {
     'helps': 'It helps',

@@ -195,7 +195,7 @@ def test_it_says_where_it_helps_and_where_not(results):
 
 def test_it_counts_as_well_with_images_without_labels(results):
     text = json.dumps(as_default(results))
-    text = text.replace('"default', '"default_unlabelled')
+    text = text.replace('"default', '"default_predicted_unlabelled')
     both = page.of_default([as_default(results), json.loads(text)])
     assert both.count('| Cells | 40.0 | 15.0 | 16.0 | 30.0 |') == 2
 
