@@ -1099,4 +1099,5 @@ def default_predicted(pair: Pair) -> Terms:
 
     Features alone leave the student's boxes unlearnt where nobody drew any.
     """
-    return default(pair) | predicted(pair)
+    (term,) = predicted(pair).values()
+    return default(pair) | dict(predicted=dict(term, where='unlabelled'))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from mmdet.models.dense_heads import SSDHead
 from mmdet.structures.bbox import bbox_overlaps
 from mmdet.structures.mask import BitmapMasks
+from mmengine.logging import print_log
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 #: Least width and height of an object, pixels, as of mmdet's annotations.
 PIXEL = 1
+#: Steps without an image to learn from after which that is told.
+PATIENCE = 50
+#: Images that are learnt from.
+WHERE = ('all', 'unlabelled')
 
 
 @MODELS.register_module()
@@ -64,11 +70,15 @@ class PredictedBoxTerm(Term):
             on the boxes alone, beside the loss on the annotations that the
             student has anyway.
         iou_thr: Overlap from which on a box lies on an annotated one.
+        where: ``'all'`` images, or ``'unlabelled'`` ones alone, those whose
+            pipeline has no ``LoadAnnotations``: the second pass then costs
+            what these are of the batch.
         loss_weight: The factor λ.
         schedule: Factor over the training; constant 1 if None.
 
     Returns:
-        ``task``, the loss; ``watch_found``, boxes of an image that count.
+        ``task``, the loss, 0 where no image is one of those; ``watch_found``,
+        boxes of an image that count.
 
     Raises:
         ValueError: If the teacher predicts no boxes, or the student needs
@@ -81,7 +91,8 @@ class PredictedBoxTerm(Term):
         strong augmentation; and, of sentences, Kim and Rush, "Sequence-Level
         Knowledge Distillation", EMNLP 2016, arXiv:1606.07947. Known by their
         abstracts. That it is a term of the same step, beside labels and from
-        maps that are there, ``union`` and the defaults are ours.
+        maps that are there, ``union``, ``where='all'`` and the defaults are
+        ours.
     """
 
     def __init__(
@@ -90,6 +101,7 @@ class PredictedBoxTerm(Term):
         score_thr: float = 0.3,
         union: bool = False,
         iou_thr: float = 0.5,
+        where: str = 'all',
         loss_weight: float = 1.0,
         schedule: Mapping | None = None,
     ) -> None:
@@ -97,7 +109,10 @@ class PredictedBoxTerm(Term):
         check_fraction(
             'PredictedBoxTerm', score_thr=score_thr, iou_thr=iou_thr
         )
+        check_name('PredictedBoxTerm', 'where', where, WHERE)
         self.teacher, self.score_thr = teacher, score_thr
+        self.where = where
+        self._alone: int | None = 0  # steps without such images
         self.union, self.iou_thr = union, iou_thr
         self.loss_weight = loss_weight
 
@@ -131,50 +146,79 @@ class PredictedBoxTerm(Term):
         return False
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        found = self.found(step)
+        images, samples = step.once
+        wanted = [
+            index
+            for index, one in enumerate(samples)
+            if self.where == 'all' or not labelled(one)
+        ]
+        self._tell(bool(wanted))
+        if not wanted:
+            nothing = step.images.new_zeros(())
+            return dict(task=nothing, watch_found=nothing)
+        maps = step.student.at(self.path)
+        if len(wanted) < len(images):
+            maps, images = _picked(maps, images, wanted)
+        found = self.found(step, wanted)
         samples = [
-            self._labelled(sample, one, step.images)
-            for sample, one in zip(step.samples, found)
+            self._labelled(samples[index], one, images)
+            for index, one in zip(wanted, found)
         ]
         detector = step.student.detector
-        maps = step.student.at(self.path)
-        images, _ = step.once
         with fed(detector, maps), still_statistics(detector):
-            losses = detector.student_class.loss(
-                detector, images, samples[: len(images)]
-            )
+            losses = detector.student_class.loss(detector, images, samples)
         count = sum(map(len, found)) / len(found)
         return dict(
             task=self.loss_weight * detection_loss(losses),
             watch_found=step.images.new_tensor(count),
         )
 
+    def _tell(self, some: bool) -> None:
+        """Warn, once, of a training in which nothing is unlabelled."""
+        if some or self._alone is None:
+            self._alone = None
+            return
+        self._alone += 1
+        if self._alone == PATIENCE:
+            self._alone = None
+            print_log(
+                f"PredictedBoxTerm with where='unlabelled' has learnt nothing "
+                f'in {PATIENCE} steps: every image has labels. Give each '
+                f'batch some without (a ConcatDataset whose second set has no '
+                f"LoadAnnotations, and MultiSourceSampler), or where='all'.",
+                logger='current',
+                level=logging.WARNING,
+            )
+
     @torch.no_grad()
-    def found(self, step: Step) -> list[InstanceData]:
+    def found(
+        self, step: Step, wanted: Sequence[int] | None = None
+    ) -> list[InstanceData]:
         """What the teacher detects and counts, image by image.
+
+        Args:
+            step: The step.
+            wanted: Places of the images in the batch; all if None.
 
         Returns:
             ``bboxes`` in pixels of the student's images, ``labels`` of the
             student's classes, ``scores`` and, if wanted, ``masks``.
         """
         shown = step.teacher(self.teacher)
-        samples = list(step.samples)
+        maps, images = shown.at(self.their_path), step.shown
+        own = theirs = list(step.samples)
         if self.sham:  # it was shown the next image of the batch
-            samples = [*samples[1:], *samples[:1]]
-        every = detections(
-            shown.detector,
-            shown.at(self.their_path),
-            samples,
-            step.shown,
-            shown.size,
-        )
-        for one, sample in zip(every, step.samples):
+            theirs = [*theirs[1:], *theirs[:1]]
+        if wanted is not None and len(wanted) < len(own):
+            maps, images = _picked(maps, images, wanted)
+            own, theirs = ([x[i] for i in wanted] for x in (own, theirs))
+        every = detections(shown.detector, maps, theirs, images, shown.size)
+        for one, sample in zip(every, own):
             one.bboxes = _inside(one.bboxes, sample, step.images)
             if self.shared is not None:
                 one.labels = one.labels.new_tensor(self.shared)[one.labels]
         counted = [
-            self._counts(one, sample)
-            for one, sample in zip(every, step.samples)
+            self._counts(one, sample) for one, sample in zip(every, own)
         ]
         # One wait for all images, where a mask's index would take one each.
         numbers = torch.stack([one.sum() for one in counted]).tolist()
@@ -222,6 +266,17 @@ class PredictedBoxTerm(Term):
         if 'bboxes' not in other.get('ignored_instances', ()):
             other.ignored_instances = gt[:0]
         return other
+
+
+def _picked(
+    maps: Sequence[Tensor], images: Tensor, wanted: Sequence[int]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Some images of a batch, and what was made of them."""
+    first, last = wanted[0], wanted[-1] + 1
+    # Side by side, as a rule: a slice needs no copy.
+    near = len(wanted) == last - first
+    part = slice(first, last) if near else list(wanted)
+    return tuple(one[part] for one in maps), images[part]
 
 
 def _inside(boxes: Tensor, sample: Any, images: Tensor) -> Tensor:

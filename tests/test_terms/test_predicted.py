@@ -19,6 +19,7 @@ from mmengine.structures import InstanceData
 from mmkd.pixels import translate
 from mmkd.recipes import look, recipe
 from mmkd.structures import Step
+from mmkd.structures.ground_truth import labelled
 from mmkd.terms.predicted import PredictedBoxTerm
 
 STUDENT = tiny.retinanet
@@ -386,6 +387,50 @@ def test_images_without_labels_are_learnt_as_they_are_packed(build, student):
         one.ignored_instances = InstanceData()
     found = model.loss(images, samples)
     torch.testing.assert_close(found[own], expected[own])
+
+
+@pytest.mark.parametrize('bare', [(1,), (0,)])
+def test_images_without_labels_alone(build, bare):
+    """As if the batch were these; the other images are as they were."""
+    model = build(score_thr=0.2, where='unlabelled')
+    images, samples = tiny.batch()
+    for index in bare:
+        samples[index].gt_instances = InstanceData()
+    seen = watched(model)
+    share = model.loss(images, samples)['loss_kd_x_task']
+    (chosen,) = (index for index in range(2) if index in bare)
+    whole = model.terms.x.found(seen['step'])
+    last = [labelled(one) for one in seen['step'].samples].index(False)
+    found = whole[last]
+    assert len(found)
+    _, expected = loss_of(
+        model,
+        images[chosen : chosen + 1],
+        samples[chosen : chosen + 1],
+        [(found.bboxes, found.labels)],
+    )
+    torch.testing.assert_close(share, expected)
+
+
+def test_where_all_have_labels_nothing_is_learnt_and_that_is_told(
+    build, monkeypatch, caplog
+):
+    monkeypatch.setattr('mmkd.terms.predicted.PATIENCE', 2)
+    model = build(score_thr=0.2, where='unlabelled')
+    told = []
+    monkeypatch.setattr(
+        'mmkd.terms.predicted.print_log', lambda text, **_: told.append(text)
+    )
+    for _ in range(4):
+        losses = model.loss(*tiny.batch())
+        assert losses['loss_kd_x_task'] == 0
+    (text,) = told
+    assert "where='unlabelled' has learnt nothing in 2 steps" in text
+
+
+def test_a_place_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="where 'label'"):
+        PredictedBoxTerm('big', where='label')
 
 
 # What is annotated -----------------------------------------------------------
