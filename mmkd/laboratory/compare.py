@@ -603,13 +603,12 @@ class Comparison:
             ]
             for group in (taught, more)
         )
+        trained = [*(taught if 'distilled' in wanted else []), *more]
         arms = [first] if 'alone' in wanted else []
         if 'time' in wanted:
-            arms += self._controls([*taught, *more])
-        if 'distilled' in wanted:
-            arms += taught
-        arms += more
-        real = [one for one in arms if one.kind == 'distilled']
+            arms += self._controls(trained)
+        arms += trained
+        real = [one for one in trained if one.kind == 'distilled']
         if 'sham' in wanted:
             arms += [build.sham(one, 'sham', sham=True) for one in real]
         if 'shuffled' in wanted:

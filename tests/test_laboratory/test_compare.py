@@ -196,9 +196,10 @@ def test_images_without_labels_are_an_arm_where_it_is_asked_for(comparison):
         assert run.settings.train_dataloader.dataset.type == 'ConcatDataset'
         shown_another = run.settings.model.teachers.teacher.sham
         assert shown_another == name.endswith('sham')
-    comparison.setting.arms = ['alone', 'unlabelled', 'sham']
-    assert [arm.name for arm in comparison._trials().arms] == [
-        'alone',
+    comparison.setting.arms = ['alone', 'time', 'unlabelled', 'sham']
+    trials = comparison._trials()
+    assert [arm.name for arm in trials.arms] == [
+        'alone',  # and none as long as 'pkd' takes, which is not trained
         'pkd_unlabelled',
         'pkd_unlabelled_sham',
     ]
