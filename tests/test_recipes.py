@@ -353,6 +353,17 @@ def test_the_ablation_is_the_default_but_for_the_start():
     assert not own.model.teachers.teacher.get('inherit')
 
 
+def test_the_default_for_images_without_labels(pair):
+    terms = recipe('default_predicted', pair, 1.0)
+    learnt = terms.pop('predicted')
+    assert terms == recipe('default', pair)
+    assert learnt == dict(
+        type='mmkd.PredictedBoxTerm', teacher='big', where='unlabelled'
+    )
+    start = inherits('default_predicted', pair)
+    assert start == inherits('default', pair) == ('bbox_head',)
+
+
 def alike(student, teacher):
     return look(dict(model=student), dict(model=teacher)).alike
 

@@ -24,6 +24,8 @@ from mmkd.recipes import INHERIT, RECIPES, Pair, inherits, recipe
 #: A part of the schedule that starts at 0 and ends within this share of the
 #: training is a warm-up, whose length a longer training keeps.
 WARM_UP = 0.2
+#: What the name of an arm ends with whose teacher also teaches on these.
+UNLABELLED = '_unlabelled'
 #: How often a distilled run measures what its terms do.
 MEASUREMENTS = 10
 
@@ -167,9 +169,9 @@ def unlabelled(arm: Arm) -> Arm:
         )
     return replace(
         arm,
-        name=f'{arm.name}_unlabelled',
+        name=f'{arm.name}{UNLABELLED}',
         title=f'{arm.title}, unlabelled images too',
-        method=f'{arm.method}_unlabelled',
+        method=f'{arm.method}{UNLABELLED}',
         unlabelled=True,
     )
 

@@ -35,6 +35,7 @@ from mmkd.laboratory.digests import (
     config_digest,
     data_digest,
     file_digest,
+    recipe_digest,
     sources,
 )
 from mmkd.laboratory.pace import (
@@ -62,6 +63,8 @@ from mmkd.laboratory.verify import made_by, records, verify
 from mmkd.reading import read_json
 from mmkd.recipes import DEFAULT, RECIPES, Pair, look
 
+#: The teacher's name in what is trained.
+TEACHER = 'teacher'
 ARMS = ('alone', 'time', 'distilled', 'sham')
 #: Arms that are trained only where they are asked for.
 OPTIONAL = ('shuffled', 'unlabelled')
@@ -508,8 +511,17 @@ class Comparison:
                     arm.name: config_digest(arm.settings)
                     for arm in trials.arms
                 },
+                recipe={
+                    arm.name: recipe_digest(
+                        arm.settings.model.terms.to_dict(),
+                        arm.settings.model.teachers[TEACHER].inherit,
+                    )
+                    for arm in trials.arms
+                    if 'terms' in arm.settings.model
+                },
                 data=self.data,
             ),
+            share=setting.share,
             sources={arm.name: sources(arm.settings) for arm in trials.arms},
             verified={
                 arm.name: found
@@ -547,7 +559,7 @@ class Comparison:
 
     def _trials(self) -> Trials:
         with redirect_stdout(None), quiet():
-            pair = look(self.student, self.teacher.settings)
+            pair = look(self.student, self.teacher.settings, TEACHER)
         arms = self._arms(pair)
         runs = {}
         weights = file_digest(self.teacher.final)

@@ -91,6 +91,16 @@ def config_digest(settings: Config) -> str:
     return _digest([json.dumps(content, sort_keys=True, default=str)])
 
 
+def recipe_digest(terms: Mapping, inherit: Any) -> str:
+    """Digest of what a recipe wrote.
+
+    Args:
+        terms: Configs of the terms by name.
+        inherit: The parts that the student starts from.
+    """
+    return _digest([json.dumps([terms, inherit], sort_keys=True)])
+
+
 def _split_digest(dataset: Mapping) -> str:
     while 'dataset' in dataset:
         dataset = dataset['dataset']

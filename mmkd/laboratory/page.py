@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from mmkd.analysis.report import headline
 from mmkd.analysis.verdict import outcome
-from mmkd.laboratory.digests import source_digest
+from mmkd.configs import read_config
+from mmkd.laboratory.arms import UNLABELLED
+from mmkd.laboratory.digests import recipe_digest, source_digest
 from mmkd.laboratory.runs import PACKAGE
 from mmkd.reading import read_json
-from mmkd.recipes import DEFAULT, DEFAULT_PREDICTED
+from mmkd.recipes import (
+    DEFAULT,
+    DEFAULT_PREDICTED,
+    RECIPES,
+    Pair,
+    inherits,
+    look,
+    recipe,
+)
 
 FOLDER = Path('docs/results')
 PAGE = Path('docs/results.md')
@@ -30,7 +41,8 @@ numbers are made and how to repeat them stands in
   as distillation takes, *sham* is taught from another image of the batch.
 - Gains are paired by seed, with 95 % t-intervals. *Gap closed* is the share of
   the distance from alone to teacher.
-- Rows marked *stale* were measured with code that has changed since.
+- Rows marked *stale* were measured with code, or by a recipe, that has changed
+  since.
 """
 
 RECIPE = """\
@@ -50,7 +62,7 @@ to the teacher.
 """
 
 #: The default recipe's arms, the one that counts for a setting first.
-NAMES = (DEFAULT, f'{DEFAULT_PREDICTED}_unlabelled')
+NAMES = (DEFAULT, f'{DEFAULT_PREDICTED}{UNLABELLED}')
 #: Of the default recipe against the student alone in equal time.
 OUTCOMES = {
     'helps': 'It helps',
@@ -113,8 +125,9 @@ def of_default(experiments: Iterable[Mapping[str, Any]]) -> str:
         words.setdefault(outcome(control), []).append(results['title'])
         alone = next(arm for arm in arms.values() if arm['kind'] == 'alone')
         longer = _mean(arms[control['against']]) if control else '–'
+        mark = ' (stale)' if stale(results, name) else ''
         cells = [
-            results['title'],
+            f'{results["title"]}{mark}',
             f'{results["teacher"]["metrics"]["AP"]:.1f}',
             _mean(alone),
             longer,
@@ -189,14 +202,34 @@ def section(results: Mapping[str, Any], name: str) -> str:
 
 
 def stale(results: Mapping[str, Any], arm: str) -> list[str]:
-    """Modules that have changed since an arm was measured."""
+    """What has changed since an arm was measured: modules, or its recipe."""
     known = results.get('sources', {}).get(arm, {})
-    return [
+    changed = [
         name
         for name, digest in known.items()
         if not (PACKAGE / name).is_file()
         or source_digest(PACKAGE / name) != digest
     ]
+    written = results.get('hashes', {}).get('recipe', {}).get(arm)
+    if written is not None and written != _written(results, arm):
+        changed.append('its recipe')
+    return changed
+
+
+def _written(results: Mapping[str, Any], arm: str) -> str:
+    """Digest of what the arm's method writes for this pair today."""
+    methods = {one['name']: one['method'] for one in results['arms']}
+    method = methods[arm].removesuffix(UNLABELLED)
+    if method not in RECIPES:  # a config, whose file is not known here
+        return results['hashes']['recipe'][arm]
+    pair = _pair(results['student']['config'], results['teacher']['config'])
+    terms = recipe(method, pair, results.get('share') or None)
+    return recipe_digest(terms, inherits(method, pair))
+
+
+@cache
+def _pair(student: str, teacher: str) -> Pair:
+    return look(read_config(student), read_config(teacher))
 
 
 def _row(

@@ -1,10 +1,14 @@
 import json
 
 import pytest
+import tiny
+from mmengine.config import Config
 
+from mmkd.configs import read_config
 from mmkd.laboratory import page
-from mmkd.laboratory.digests import source_digest
+from mmkd.laboratory.digests import recipe_digest, source_digest
 from mmkd.laboratory.runs import PACKAGE
+from mmkd.recipes import look, recipe
 
 PKD = 'losses/pkd.py'
 ROOT = PACKAGE.parent
@@ -121,6 +125,37 @@ def test_numbers_of_other_code_are_marked(results):
     assert row(page.section(results, 'cells'))[0] == '| pkd (stale)'
     results['sources']['pkd'] = {'losses/gone.py': 'x'}
     assert page.stale(results, 'pkd') == ['losses/gone.py']
+
+
+def test_numbers_of_a_recipe_that_writes_something_else_now_are_marked(
+    results, tmp_path
+):
+    files = {}
+    for name, base in (('student', 8), ('teacher', 16)):
+        file = tmp_path / f'{name}.py'
+        Config(dict(model=tiny.retinanet(base=base))).dump(file)
+        files[name] = str(file)
+        results.setdefault(name, {})['config'] = str(file)
+    pair = look(*map(read_config, files.values()))
+    results['share'] = 1.0
+    results['arms'][2]['method'] = 'pkd'
+    digest = recipe_digest(recipe('pkd', pair, 1.0), False)
+    for written, changed in (
+        (digest, []),
+        (recipe_digest(recipe('pkd', pair), False), ['its recipe']),
+        (recipe_digest(recipe('pkd', pair, 1.0), True), ['its recipe']),
+    ):
+        results['hashes'] = dict(recipe=dict(pkd=written))
+        assert page.stale(results, 'pkd') == changed
+    results['arms'][2]['method'] = 'my_config'
+    assert page.stale(results, 'pkd') == []
+    assert '(stale)' in page.of_default([stale_default(results)])
+
+
+def stale_default(results):
+    results = as_default(results)
+    results['sources']['default'] = {'losses/gone.py': 'x'}
+    return results
 
 
 def test_results_that_count_for_later_code_say_by_what_proof(results):
