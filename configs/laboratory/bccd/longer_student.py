@@ -5,15 +5,6 @@ _base_ = 'student.py'
 iterations = 1000
 
 train_cfg = dict(max_iters=iterations, val_interval=500)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=30),
-    dict(
-        type='CosineAnnealingLR',
-        by_epoch=False,
-        begin=30,
-        end=iterations,
-        T_max=iterations - 30,
-        eta_min=1e-5,
-    ),
-]
+param_scheduler = _base_.param_scheduler
+param_scheduler[1].update(end=iterations, T_max=iterations - 30)
 default_hooks = dict(checkpoint=dict(interval=500))
