@@ -222,8 +222,12 @@ def _written(results: Mapping[str, Any], arm: str) -> str:
     method = methods[arm].removesuffix(UNLABELLED)
     if method not in RECIPES:  # a config, whose file is not known here
         return results['hashes']['recipe'][arm]
-    pair = _pair(results['student']['config'], results['teacher']['config'])
-    terms = recipe(method, pair, results.get('share') or None)
+    configs = (results[side]['config'] for side in ('student', 'teacher'))
+    try:
+        pair = _pair(*configs)
+        terms = recipe(method, pair, results.get('share') or None)
+    except (FileNotFoundError, ValueError):  # it does not fit any more
+        return ''
     return recipe_digest(terms, inherits(method, pair))
 
 

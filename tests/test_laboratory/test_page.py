@@ -149,6 +149,9 @@ def test_numbers_of_a_recipe_that_writes_something_else_now_are_marked(
         assert page.stale(results, 'pkd') == changed
     results['arms'][2]['method'] = 'my_config'
     assert page.stale(results, 'pkd') == []
+    results['arms'][2]['method'] = 'pkd'
+    results['student']['config'] = str(tmp_path / 'gone.py')
+    assert page.stale(results, 'pkd') == ['its recipe']
     assert '(stale)' in page.of_default([stale_default(results)])
 
 
