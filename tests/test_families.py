@@ -65,7 +65,7 @@ LABELS = frozenset(('maskd', 'freekd'))
 #: Those of queries have tests of their own.
 METHODS = [name for name in RECIPES if name not in FAMILIES['query']]
 #: The student is trained on what the teacher detects.
-DETECTS = frozenset(['predicted'])
+DETECTS = frozenset(['predicted', 'default_predicted'])
 
 #: What no dense head has, unless it predicts distributions.
 DENSE = BINS | STAGES
@@ -470,6 +470,8 @@ def test_a_recipe_teaches_every_level_or_says_what_else_to_do(tried, method):
     if method == 'inherit':
         assert sum(parts.values()) == 0
         return
+    if method == 'default_predicted':  # every image here has labels
+        assert parts.pop('loss_kd_default_predicted__predicted_task') == 0
     assert all(one.isfinite() for one in parts.values())
     assert all(one > 0 for one in parts.values()), parts
     gradients = tried.gradients[method]
