@@ -16,8 +16,6 @@ laboratory = dict(
         'configs/laboratory/bccd/default_own_head.py',
         'inherit',
         'pkd',
-        'fgd',
-        'affinity',
         'crosskd',
     ),
     seeds=(0, 1, 2, 3, 4, 5),
