@@ -403,9 +403,12 @@ def _paired(
         pair = _without_classes(look(student, teacher, TEACHER))
         said = f'only methods on features apply. {error}'
         return pair, None, [apart + said]
-    pair = replace(pair, student=student_config(student.model))
-    if lacks:  # the student's own head has more classes than the teacher's
-        pair = replace(pair, alike=())
+    pair = replace(
+        pair,
+        student=student_config(student.model),
+        # A head of more classes than the teacher's is the student's own.
+        alike=() if lacks else pair.alike,
+    )
     return pair, names, [apart + said]
 
 

@@ -1095,9 +1095,6 @@ def default(pair: Pair) -> Terms:
 
 @_method
 def default_predicted(pair: Pair) -> Terms:
-    """For images without labels: the default, and the teacher's detections.
-
-    Features alone leave the student's boxes unlearnt where nobody drew any.
-    """
+    """For images without labels: the default, and the teacher's detections."""
     (term,) = predicted(pair).values()
     return default(pair) | dict(predicted=dict(term, where='unlabelled'))

@@ -63,8 +63,6 @@ from mmkd.laboratory.verify import made_by, records, verify
 from mmkd.reading import read_json
 from mmkd.recipes import DEFAULT, RECIPES, Pair, look
 
-#: The teacher's name in what is trained.
-TEACHER = 'teacher'
 ARMS = ('alone', 'time', 'distilled', 'sham')
 #: Arms that are trained only where they are asked for.
 OPTIONAL = ('shuffled', 'unlabelled')
@@ -512,12 +510,10 @@ class Comparison:
                     for arm in trials.arms
                 },
                 recipe={
-                    arm.name: recipe_digest(
-                        arm.settings.model.terms.to_dict(),
-                        arm.settings.model.teachers[TEACHER].inherit,
-                    )
+                    arm.name: recipe_digest(model.terms.to_dict(), one.inherit)
                     for arm in trials.arms
-                    if 'terms' in arm.settings.model
+                    if 'terms' in (model := arm.settings.model)
+                    for one in model.teachers.values()
                 },
                 data=self.data,
             ),
@@ -559,7 +555,7 @@ class Comparison:
 
     def _trials(self) -> Trials:
         with redirect_stdout(None), quiet():
-            pair = look(self.student, self.teacher.settings, TEACHER)
+            pair = look(self.student, self.teacher.settings)
         arms = self._arms(pair)
         runs = {}
         weights = file_digest(self.teacher.final)
