@@ -268,6 +268,12 @@ def _add_teaching(parser: argparse.ArgumentParser) -> None:
         "detection loss's; by default it has its published weights",
     )
     group.add_argument(
+        '--unlabelled',
+        metavar='FOLDER',
+        help='photographs without labels, on which the teacher teaches: half '
+        'of each batch. By default the method is default_predicted then',
+    )
+    group.add_argument(
         '--print-config',
         nargs='?',
         const='-',
@@ -385,7 +391,13 @@ def _check(options: argparse.Namespace) -> int:
 
 
 #: Options that say something of ``--teacher``.
-_OF_TEACHER = ('teacher_checkpoint', 'method', 'share', 'print_config')
+_OF_TEACHER = (
+    'teacher_checkpoint',
+    'method',
+    'share',
+    'unlabelled',
+    'print_config',
+)
 #: What a plan adds to ``model``, so that it is set once it is there.
 _PLANNED = ('model.teachers.', 'model.terms.')
 
@@ -401,7 +413,9 @@ def _planned(options: argparse.Namespace) -> Any:
                     f'mmdet::folder/file.py'
                 )
         return None
-    from mmkd.plan import DEFAULT, plan
+    from mmkd.plan import DEFAULT, DEFAULT_PREDICTED, plan
+
+    usual = DEFAULT if options.unlabelled is None else DEFAULT_PREDICTED
 
     given = {
         key: value
@@ -413,8 +427,9 @@ def _planned(options: argparse.Namespace) -> Any:
         student if given else options.config,
         options.teacher,
         options.teacher_checkpoint,
-        options.method or DEFAULT,
+        options.method or usual,
         options.share,
+        options.unlabelled,
     )
     config = planned.config
     if config.get('work_dir') is None:

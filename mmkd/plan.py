@@ -30,6 +30,7 @@ from mmkd.classes import by_name, with_classes
 from mmkd.compat.checkpoint import check_file, classes_of, read_checkpoint
 from mmkd.configs import read_config, student_config
 from mmkd.datasets.check import named_classes
+from mmkd.datasets.unlabelled import partly_labelled
 from mmkd.distillers.distiller import CHECK_SIZES, example_sample
 from mmkd.randomness import preserved
 from mmkd.recipes import (
@@ -68,6 +69,7 @@ class Plan:
             stride in input pixels, channels of both, adapter, loss.
         notes: What else to know, in sentences.
         pair: What the two detectors have in common.
+        unlabelled: Folder of photographs that the teacher teaches on, too.
     """
 
     config: Config = field(repr=False)
@@ -76,6 +78,7 @@ class Plan:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
     pair: Pair = field(repr=False)
+    unlabelled: str | None = None
 
     def __str__(self) -> str:
         teacher = self.config.model.teachers[TEACHER]
@@ -102,10 +105,47 @@ class Plan:
         whole = self.config.model.to_dict()
         added = ('type', 'student', 'teachers', 'terms')
         model = {key: whole[key] for key in added}
-        return (
+        text = (
             f'"""{self.method}, written by mmkd for this pair."""\n\n'
             f'_base_ = {base!r}\n\nmodel = {written(model)}\n'
         )
+        if self.unlabelled is None:
+            return text
+        return f'{text}\ntrain_dataloader = {written(self._loader())}\n'
+
+    def _loader(self) -> dict:
+        """What a file changes of the base's loader."""
+        plain = read_config(self.source, 'The student')
+        named = Typed('_base_.train_dataloader.dataset')
+        found = partly_labelled(
+            dict(plain.train_dataloader, dataset=named),
+            self.unlabelled,
+            [Typed(f'_base_.{key}.dataset') for key in _tested(plain)],
+        )
+        # Only what is there can be deleted.
+        for key in found:
+            if key in plain.train_dataloader:
+                found[key] = dict(_delete_=True, **found[key])
+        return found
+
+
+class Typed(str):
+    """An expression, in a value that is written."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _tested(config: Config) -> list[str]:
+    """The loaders of a config that validate or test, each set once."""
+    found = []
+    for key in ('val_dataloader', 'test_dataloader'):
+        dataset = (config.get(key) or {}).get('dataset')
+        if dataset and dataset not in [config[one].dataset for one in found]:
+            found.append(key)
+    return found
 
 
 def written(value: Any, indent: str = '', used: int = 8) -> str:
@@ -161,6 +201,7 @@ def plan(
     checkpoint: str | Path | None = None,
     method: str = DEFAULT,
     share: float | None = None,
+    unlabelled: str | Path | None = None,
 ) -> Plan:
     """Look at two detectors and write the config by which one teaches.
 
@@ -173,9 +214,11 @@ def plan(
         method: A key of :data:`mmkd.recipes.RECIPES`.
         share: Weigh the method by its gradient, see
             :func:`mmkd.recipes.recipe`.
+        unlabelled: Folder of photographs without labels, of which half of
+            each batch is made.
 
     Raises:
-        FileNotFoundError: If there is no such config or checkpoint.
+        FileNotFoundError: If there is no such config, checkpoint or folder.
         ValueError: If there is no such method, a config is none of a
             detector of images, the student's has teachers already, the
             weights are of another detector, or the method does not fit the
@@ -191,6 +234,8 @@ def plan(
             f"{source} has teachers of its own. Name the student's plain "
             f'config beside --teacher, or train this one without.'
         )
+    if unlabelled is not None:
+        student = _with_photographs(student, unlabelled)
     teacher_config = read_config(teacher, 'The teacher')
     checkpoint = str(checkpoint or published_weights(teacher))
     for who, config in (('student', student), ('teacher', teacher_config)):
@@ -226,12 +271,20 @@ def plan(
         ]
         alike = student_config(teacher_config.model) == student.model
         notes = [*differ, *_notes(model, terms, alike)]
+        if unlabelled is not None:
+            notes.append(
+                f'Half of each batch has no labels: photographs of '
+                f'{str(unlabelled)!r} on which the teacher teaches and '
+                f'nothing else does. An epoch has as many steps as before.'
+            )
         if method == DEFAULT and pair.comparable and _mute(pair):
             notes.append(
                 'The heads say nothing that could be compared cell by cell. '
                 '--method predicted trains on what the teacher detects.'
             )
-    return Plan(config, source, method, tuple(rows), tuple(notes), pair)
+    return Plan(
+        config, source, method, tuple(rows), tuple(notes), pair, unlabelled
+    )
 
 
 def fitting(
@@ -292,6 +345,15 @@ def published_weights(config: str | Path) -> str:
 
 def _source(config: str | Path | Config) -> str:
     return str(config.filename if isinstance(config, Config) else config)
+
+
+def _with_photographs(student: Config, folder: str | Path) -> Config:
+    config = student.copy()
+    tested = [config[key].dataset for key in _tested(config)]
+    loader = config.train_dataloader
+    for key, value in partly_labelled(loader, folder, tested).items():
+        loader[key] = value  # update() would merge it into what it holds
+    return config
 
 
 def _check_share(method: str, share: float | None) -> None:

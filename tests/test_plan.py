@@ -19,6 +19,7 @@ from mmkd.distillers.distiller import Distilling
 from mmkd.plan import fitting, plan, published_weights, written
 from mmkd.recipes import RECIPES, look, recipe
 from mmkd.registry import DETECTORS, MODELS
+from mmkd.structures.ground_truth import labelled
 
 quick_starts = runs.quick_starts
 WIDE = dict(base=16)
@@ -581,6 +582,88 @@ def test_a_run_by_one_argument_is_that_of_its_file(files, tmp_path, capsys):
         assert torch.equal(value, other['state_dict'][key]), key
 
 
+# Photographs that nobody labelled --------------------------------------------
+
+
+@pytest.fixture
+def scarce(files, data, tmp_path):
+    """Two labelled images of six, one tested on; the command to train."""
+    student, teacher, weights = files(validate=True)
+    config = Config.fromfile(student)
+    config.train_dataloader.dataset.indices = [0, 1]
+    config.val_dataloader.dataset.indices = [2]
+    config.test_dataloader = config.val_dataloader
+    config.test_cfg, config.test_evaluator = {}, config.val_evaluator
+    config.dump(student)
+    return [student, '--teacher', teacher, '--teacher-checkpoint', weights]
+
+
+def test_photographs_are_half_of_each_batch(scarce, data):
+    student, _, teacher, _, weights = scarce
+    found = plan(student, teacher, weights, unlabelled=data / 'images')
+    loader = found.config.train_dataloader
+    plain = read_config(student)
+    assert loader.dataset.dataset == plain.train_dataloader.dataset
+    assert loader.dataset.without == [plain.val_dataloader.dataset]
+    assert loader.sampler == plain.train_dataloader.sampler
+    assert 'Half of each batch has no labels' in str(found)
+    assert found.config.val_dataloader == plain.val_dataloader
+
+
+def test_a_file_says_of_photographs_what_the_plan_does(scarce, data, tmp_path):
+    student, _, teacher, _, weights = scarce
+    found = plan(student, teacher, weights, unlabelled=data / 'images')
+    path = tmp_path / 'written.py'
+    path.write_text(found.text(tmp_path))
+    assert read_config(path).train_dataloader == found.config.train_dataloader
+    assert 'dataset=_base_.train_dataloader.dataset' in path.read_text()
+
+
+def test_a_file_deletes_nothing_that_is_not_there(files, data, tmp_path):
+    """Of a base that has no batch sampler."""
+    student, teacher, weights = files(iters=2)
+    found = plan(student, teacher, weights, unlabelled=data / 'images')
+    path = tmp_path / 'written.py'
+    path.write_text(found.text(tmp_path))
+    assert read_config(path).train_dataloader == found.config.train_dataloader
+
+
+@pytest.mark.usefixtures('quick_starts')
+def test_what_is_trained_on_is_three_photographs_more(
+    scarce, data, tmp_path, capsys, monkeypatch
+):
+    """Of six, two are labelled and one is validated on."""
+    seen = []
+    step = Distilling.loss
+
+    def watched(self, images, samples):
+        seen.append([(one.img_id, labelled(one)) for one in samples])
+        return step(self, images, samples)
+
+    monkeypatch.setattr(Distilling, 'loss', watched)
+    words = ['--unlabelled', str(data / 'images')]
+    words += ['--cfg-options', 'train_cfg.max_epochs=6']
+    assert not main(['train', *scarce, *words])
+    assert "by 'default_predicted'" in capsys.readouterr().out
+    assert len(seen) == 6  # one step an epoch, as of two images alone
+    assert all(own[1] and not other[1] for own, other in seen)
+    ids = [own[0] for own, _ in seen], [other[0] for _, other in seen]
+    assert sorted(ids[0]) == [0, 0, 0, 1, 1, 1]
+    names = ['003.png', '004.png', '005.png']
+    assert sorted(ids[1]) == sorted(2 * names)
+
+
+def test_photographs_that_are_not_there_are_missed_at_once(
+    scarce, data, capsys
+):
+    assert main(['train', *scarce, '--unlabelled', 'nowhere']) == 1
+    assert "got 'nowhere', which is none" in capsys.readouterr().err
+    words = ['--cfg-options', 'train_dataloader.batch_size=1']
+    folder = str(data / 'images')
+    assert main(['train', *scarce, '--unlabelled', folder, *words]) == 1
+    assert '0 unlabelled of 1' in capsys.readouterr().err
+
+
 # The command -----------------------------------------------------------------
 
 
@@ -590,6 +673,7 @@ def test_a_run_by_one_argument_is_that_of_its_file(files, tmp_path, capsys):
         ['--method', 'pkd'],
         ['--share', '1'],
         ['--teacher-checkpoint', 'a.pth'],
+        ['--unlabelled', 'photographs'],
         ['--print-config'],
     ],
     ids=lambda word: word[0],

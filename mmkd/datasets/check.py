@@ -22,6 +22,7 @@ from mmdet.registry import DATASETS
 from mmengine.dataset import BaseDataset
 
 from mmkd.checks import suggest
+from mmkd.datasets.unlabelled import photographs
 from mmkd.reading import (
     OversizedError,
     decodes,
@@ -94,10 +95,13 @@ def check_dataset(
         ValueError: If annotations cannot be read or mean something else than
             the config says, or a picture is damaged.
     """
-    return [
+    found = [
         _check_one(one, place, training)
         for one, place in single_sets(config, where)
     ]
+    if config.get('unlabelled'):
+        found.append(_check_folder(config['unlabelled'], where))
+    return found
 
 
 def single_sets(config: Mapping, where: str) -> Iterator[tuple[Mapping, str]]:
@@ -572,15 +576,8 @@ def _check_pictures(
             f"data_prefix=dict(img='FOLDER/'), now {folder!r}, to the folder "
             f'that the file names of the annotations start from.'
         )
-    step = max(1, -(-len(pictures) // SAMPLE))
-    sample = pictures[::step]
-    broken = [path for path, _ in sample if not is_whole(path)]
-    if broken:
-        raise ValueError(
-            f'{where}: {len(broken)} of {len(sample)} images looked at are '
-            f'damaged or cut off ({_few(map(repr, broken))}). Copy them '
-            f'again, or take them out of the annotations.'
-        )
+    sample = _sample(pictures)
+    _refuse_broken([path for path, _ in sample], where, 'the annotations')
     differs = [path for path, size in sample if not _has_size(path, size)]
     if differs:
         report.warnings.append(
@@ -588,6 +585,30 @@ def _check_pictures(
             f'another size than the annotations say '
             f'({_few(map(repr, differs))}); their boxes may be misplaced.'
         )
+
+
+def _sample(pictures: Sequence) -> Sequence:
+    return pictures[:: max(1, -(-len(pictures) // SAMPLE))]
+
+
+def _refuse_broken(paths: Sequence[str], where: str, source: str) -> None:
+    broken = [path for path in paths if not is_whole(path)]
+    if broken:
+        raise ValueError(
+            f'{where}: {len(broken)} of {len(paths)} images looked at are '
+            f'damaged or cut off ({_few(map(repr, broken))}). Copy them '
+            f'again, or take them out of {source}.'
+        )
+
+
+def _check_folder(folder: str, where: str) -> Report:
+    """Photographs without labels; those of a sample must be whole."""
+    report = Report(pictures=photographs(folder))
+    report.images = len(report.pictures)
+    _refuse_broken(
+        _sample(report.pictures), f'{where}.unlabelled', 'the folder'
+    )
+    return report
 
 
 def _missing(paths: Iterable[str]) -> list[str]:

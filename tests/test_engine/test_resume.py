@@ -8,6 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from mmkd.compat.checkpoint import read_checkpoint
+from mmkd.datasets.unlabelled import partly_labelled
 from mmkd.engine import resume
 from mmkd.engine.interrupt import Interrupted
 from mmkd.engine.trainer import Trainer, latest_checkpoint
@@ -46,6 +47,31 @@ def resized_in_batches():
     return tiny.retinanet(pixels=pixels)
 
 
+def learning(folder):
+    """A student with a teacher, and a term on what is detected."""
+    teacher = tiny.retinanet(base=16)
+    weights = tiny.save_teacher(teacher, folder / 'teacher.pth')
+    wide = dict(config=dict(model=teacher), checkpoint=str(weights))
+    return tiny.distilled(
+        tiny.retinanet(),
+        dict(wide=wide),
+        dict(
+            pkd=dict(
+                type='mmkd.FeatureTerm',
+                teacher='wide',
+                tap='neck',
+                loss=dict(type='mmkd.PKDLoss'),
+            ),
+            boxes=dict(
+                type='mmkd.PredictedBoxTerm',
+                teacher='wide',
+                where='unlabelled',
+                score_thr=0.0,
+            ),
+        ),
+    )
+
+
 CASES = {
     'epochs': dict(epochs=2),
     'epochs, two workers': dict(epochs=2, workers=2),
@@ -53,6 +79,8 @@ CASES = {
     'iterations': dict(iters=6),
     'iterations, two workers': dict(iters=6, workers=2, persistent=True),
     'iterations, finite passes': dict(iters=6, sampler='DefaultSampler'),
+    'photographs without labels': dict(epochs=3, unlabelled=True),
+    'photographs, iterations': dict(iters=6, unlabelled=True),
     'batches resized': dict(epochs=2, model=resized_in_batches()),
     'gradients accumulated': dict(epochs=2, accumulate=2),
     'averaged and validated': dict(epochs=2, validate=True),
@@ -63,11 +91,19 @@ def config(data, work_dir, case):
     settings = dict(CASES[case])
     accumulate = settings.pop('accumulate', 1)
     sampler = settings.pop('sampler', None)
+    unlabelled = settings.pop('unlabelled', False)
     cfg = runs.config(data, work_dir, **settings)
     cfg.custom_hooks = [EVERY_STEP, AVERAGE]
     cfg.optim_wrapper.accumulative_counts = accumulate
     if sampler:
         cfg.train_dataloader.sampler.type = sampler
+    if unlabelled:
+        loader = cfg.train_dataloader
+        loader.dataset.indices = 4
+        mixed = partly_labelled(loader, data / 'images', [])
+        for key, value in mixed.items():
+            loader[key] = value
+        cfg.model = learning(data)
     if settings.get('validate'):
         cfg.param_scheduler.append(
             ConfigDict(
@@ -126,6 +162,8 @@ def uninterrupted(data, tmp_path_factory):
         pytest.param(
             *('iterations, finite passes', 'iter_3'), marks=pytest.mark.slow
         ),
+        ('photographs without labels', 'iter_3'),
+        ('photographs, iterations', 'iter_4'),
         ('batches resized', 'iter_3'),
         pytest.param(*('batches resized', 'epoch_1'), marks=pytest.mark.slow),
         pytest.param(

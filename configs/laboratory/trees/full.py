@@ -11,6 +11,6 @@ laboratory = dict(
     'ImageNet weights, the student from scratch.',
     student='demo/configs/student.py',
     teacher='demo/configs/teacher.py',
-    methods=('default',),
+    methods=('default', 'pkd', 'crosskd', 'fgd', 'affinity'),
     seeds=(0, 1, 2, 3, 4, 5),
 )
