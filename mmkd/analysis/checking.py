@@ -241,7 +241,7 @@ class _Check:
     # --------------------------------------------------------------- data
 
     def _data(self, part: Section) -> None:
-        pictures, seen = {}, []
+        pictures, seen, unlabelled = {}, [], []
         for phase in ('train', 'val', 'test'):
             loader = self.config.get(f'{phase}_dataloader')
             if loader is None or loader.dataset in seen:
@@ -251,6 +251,9 @@ class _Check:
             for one, place in single_sets(loader.dataset, where):
                 report = self._one_set(part, one, place, phase == 'train')
                 if report is None:
+                    continue
+                if 'photographs' in one:
+                    unlabelled += report.pictures
                     continue
                 if phase == 'train':
                     self.classes = self.classes or report.classes
@@ -274,6 +277,29 @@ class _Check:
                 f'{len(both)} of {len(held_out)} pictures of evaluation are '
                 f'trained on: its AP will say nothing of others.',
             )
+        self._copies(part, unlabelled, held_out)
+
+    def _copies(
+        self, part: Section, unlabelled: list[str], held_out: set[str]
+    ) -> None:
+        """Photographs that are pictures of evaluation under other paths."""
+        places = {os.path.realpath(one) for one in held_out}
+        others = {os.path.realpath(one) for one in unlabelled} - places
+        copies = [
+            group
+            for group in same_pictures([*others, *places])
+            if others & {*group} and places & {*group}
+        ]
+        if copies:
+            first = ' and '.join(map(repr, copies[0][:2]))
+            part.say(
+                'warn',
+                f'{len(copies)} pictures of evaluation are among the '
+                f'photographs without labels under another path, the first as '
+                f'{first}: its AP will say nothing of others.',
+                'Take them out of the folder.',
+                'train_dataloader.dataset.unlabelled',
+            )
 
     def _one_set(
         self, part: Section, config: Mapping, place: str, training: bool
@@ -283,6 +309,13 @@ class _Check:
         except (FileNotFoundError, ValueError) as error:
             part.say('fail', str(error), about=place)
             return None
+        if 'photographs' in config:
+            part.say(
+                'ok',
+                f'{place}: {report.images} photographs, among them any that '
+                f'are labelled, validated or tested on and will be left out.',
+            )
+            return report
         if not report.images:
             part.say(
                 'note',

@@ -95,17 +95,16 @@ def check_dataset(
         ValueError: If annotations cannot be read or mean something else than
             the config says, or a picture is damaged.
     """
-    found = [
+    return [
         _check_one(one, place, training)
         for one, place in single_sets(config, where)
     ]
-    if config.get('unlabelled'):
-        found.append(_check_folder(config['unlabelled'], where))
-    return found
 
 
 def single_sets(config: Mapping, where: str) -> Iterator[tuple[Mapping, str]]:
     """The data sets inside of wrappers, and the place of each.
+
+    Photographs without labels are one of their own: ``dict(photographs=…)``.
 
     Args:
         config: A data set's dict.
@@ -118,6 +117,9 @@ def single_sets(config: Mapping, where: str) -> Iterator[tuple[Mapping, str]]:
     """
     if isinstance(config.get('dataset'), Mapping):
         yield from single_sets(config['dataset'], f'{where}.dataset')
+        if config.get('unlabelled'):
+            folder = dict(photographs=config['unlabelled'])
+            yield folder, f'{where}.unlabelled'
     elif isinstance(config.get('datasets'), Sequence):
         for number, one in enumerate(config['datasets']):
             if isinstance(one, Mapping):
@@ -127,6 +129,8 @@ def single_sets(config: Mapping, where: str) -> Iterator[tuple[Mapping, str]]:
 
 
 def _check_one(config: Mapping, where: str, training: bool) -> Report:
+    if 'photographs' in config:
+        return _check_folder(config['photographs'], where)
     kind = config.get('type')
     if isinstance(kind, str):
         kind = DATASETS.get(kind)
@@ -605,9 +609,7 @@ def _check_folder(folder: str, where: str) -> Report:
     """Photographs without labels; those of a sample must be whole."""
     report = Report(pictures=photographs(folder))
     report.images = len(report.pictures)
-    _refuse_broken(
-        _sample(report.pictures), f'{where}.unlabelled', 'the folder'
-    )
+    _refuse_broken(_sample(report.pictures), where, 'the folder')
     return report
 
 

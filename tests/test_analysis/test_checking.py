@@ -22,6 +22,7 @@ from mmkd.analysis.checking import check
 from mmkd.analysis.sheet import written
 from mmkd.analysis.teacher_check import Seen, better, confused, evaluate
 from mmkd.compat.checkpoint import sha256_of
+from mmkd.datasets.unlabelled import partly_labelled
 from mmkd.engine.random_state import capture
 from mmkd.registry import MODELS as OWN
 
@@ -560,6 +561,35 @@ def test_a_box_that_cannot_be_used_is_named(data, change, words):
     )
     assert words in warning
     assert 'annotation 2' in warning
+
+
+def test_photographs_are_counted_and_copies_of_tested_ones_told(
+    folders, tmp_path
+):
+    """Those under the paths of evaluation are left out; copies would teach."""
+    train, val = folders
+    config = training(folders)
+    config.model = tiny.retinanet()
+    loader = config.train_dataloader
+    tested = [config.val_dataloader.dataset]
+    for folder, warnings in ((val, 0), (tmp_path, 1)):
+        if folder is tmp_path:
+            shutil.copy(val / 'images' / '007.png', tmp_path / 'a.png')
+            shutil.copy(train / 'images' / '003.png', tmp_path / 'b.png')
+        mixed = Config(config.to_dict())
+        for key, value in partly_labelled(loader, folder, tested).items():
+            mixed.train_dataloader[key] = value
+        sheet = check(mixed, images=0, device='cpu')
+        number = 64 if folder is val else 2
+        assert any(
+            f'unlabelled: {number} photographs' in one
+            for one in said(sheet, 'ok')
+        )
+        found = said(sheet, 'warn')
+        assert len(found) == warnings, found
+    assert "a.png'" in found[0]
+    assert "007.png'" in found[0]
+    assert found[0].startswith('1 pictures of evaluation are among')
 
 
 def test_boxes_and_images_that_are_there_twice_are_named(data):

@@ -35,7 +35,7 @@ laboratory = dict(
         'rkd',
         'dkd',
     ),
-    arms=('alone', 'distilled', 'sham'),
+    arms=('alone', 'time', 'distilled', 'sham'),
     seeds=(0, 1, 2),
     labels=300,
 )
