@@ -21,6 +21,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmkd.analysis.cost import multiply_accumulates
@@ -30,8 +31,9 @@ from mmkd.classes import by_name, with_classes
 from mmkd.compat.checkpoint import check_file, classes_of, read_checkpoint
 from mmkd.configs import read_config, student_config
 from mmkd.datasets.check import named_classes
-from mmkd.datasets.unlabelled import partly_labelled
+from mmkd.datasets.unlabelled import with_photographs
 from mmkd.distillers.distiller import CHECK_SIZES, example_sample
+from mmkd.distillers.unlabelled import partly_labelled
 from mmkd.randomness import preserved
 from mmkd.recipes import (
     DEFAULT,
@@ -117,7 +119,7 @@ class Plan:
         """What a file changes of the base's loader."""
         plain = read_config(self.source, 'The student')
         named = Typed('_base_.train_dataloader.dataset')
-        found = partly_labelled(
+        found = with_photographs(
             dict(plain.train_dataloader, dataset=named),
             self.unlabelled,
             [Typed(f'_base_.{key}.dataset') for key in _tested(plain)],
@@ -235,7 +237,7 @@ def plan(
             f'config beside --teacher, or train this one without.'
         )
     if unlabelled is not None:
-        student = _with_photographs(student, unlabelled)
+        student = _mixed(student, unlabelled)
     teacher_config = read_config(teacher, 'The teacher')
     checkpoint = str(checkpoint or published_weights(teacher))
     for who, config in (('student', student), ('teacher', teacher_config)):
@@ -260,6 +262,8 @@ def plan(
             raise ValueError(
                 _refusal(student, settings, pair, method, error, differ)
             ) from error
+        if unlabelled is not None:
+            _check_photographs(model, method)
         if '://' not in checkpoint:
             model.teachers[TEACHER].load()  # whether the file is its own
         if names and not (inherit or _compares(model)):
@@ -347,13 +351,46 @@ def _source(config: str | Path | Config) -> str:
     return str(config.filename if isinstance(config, Config) else config)
 
 
-def _with_photographs(student: Config, folder: str | Path) -> Config:
+def _mixed(student: Config, folder: str | Path) -> Config:
     config = student.copy()
     tested = [config[key].dataset for key in _tested(config)]
     loader = config.train_dataloader
-    for key, value in partly_labelled(loader, folder, tested).items():
+    for key, value in with_photographs(loader, folder, tested).items():
         loader[key] = value  # update() would merge it into what it holds
     return config
+
+
+def _check_photographs(model: nn.Module, method: str) -> None:
+    """What the terms tap must be there for images without labels, too."""
+    paths = [
+        path for term in model.terms.values() for path in term.student_paths
+    ]
+    for side in CHECK_SIZES:
+        samples = [example_sample(side), example_sample(side)]
+        samples[1].gt_instances = InstanceData()
+        try:
+            model.train()
+            with torch.no_grad():
+                partly_labelled(
+                    model,
+                    lambda *batch: run_detector(model, *batch) or {},
+                    torch.rand(2, 3, side, side),
+                    samples,
+                    1,
+                    list(dict.fromkeys(paths)),
+                )
+        except Exception as error:  # any detector's own trouble
+            failed = error
+            continue
+        finally:
+            model.eval()
+        return
+    other = DEFAULT if method == DEFAULT_PREDICTED else DEFAULT_PREDICTED
+    raise ValueError(
+        f'The method {method!r} cannot teach on photographs without labels: '
+        f'{type(failed).__name__}: {failed} Choose --method {other}, or '
+        f'train without --unlabelled.'
+    ) from failed
 
 
 def _check_share(method: str, share: float | None) -> None:

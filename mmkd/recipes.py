@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -1095,6 +1095,11 @@ def default(pair: Pair) -> Terms:
 
 @_method
 def default_predicted(pair: Pair) -> Terms:
-    """For images without labels: the default, and the teacher's detections."""
+    """For images without labels: the default, and the teacher's detections.
+
+    Answers of queries are left out, whose first axis is no batch's, so that
+    those of labelled and of other images could not be joined.
+    """
     (term,) = predicted(pair).values()
-    return default(pair) | dict(predicted=dict(term, where='unlabelled'))
+    terms = default(replace(pair, queries=None))
+    return terms | dict(predicted=dict(term, where='unlabelled'))

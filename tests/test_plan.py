@@ -12,6 +12,7 @@ import tiny
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
 
 from mmkd.cli import main
 from mmkd.configs import read_config, student_config
@@ -651,6 +652,32 @@ def test_what_is_trained_on_is_three_photographs_more(
     assert sorted(ids[0]) == [0, 0, 0, 1, 1, 1]
     names = ['003.png', '004.png', '005.png']
     assert sorted(ids[1]) == sorted(2 * names)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'said'),
+    [
+        ('detr', r'images are not the first axis .* --method default_pred'),
+        # It would ask for boxes to denoise.
+        ('dino', 'AttributeError.*bboxes.* --method default_predicted'),
+    ],
+)
+def test_queries_learn_from_photographs_by_what_they_can(
+    files, data, kind, said
+):
+    paths = files(detrs.detr(kind), detrs.detr(kind))
+    folder = data / 'images'
+    with pytest.raises(ValueError, match=said):
+        plan(*paths, 'default', unlabelled=folder)
+    found = plan(*paths, 'default_predicted', unlabelled=folder)
+    assert [*found.config.model.terms.default.terms] == ['pkd']
+    model = MODELS.build(found.config.model)
+    model.init_weights()
+    images, samples = tiny.batch()
+    samples[1].gt_instances = InstanceData()
+    losses = model.train().loss(images, samples)
+    assert losses['loss_kd_predicted_task'] >= 0
+    assert losses['loss_kd_default_pkd'] > 0
 
 
 def test_photographs_that_are_not_there_are_missed_at_once(

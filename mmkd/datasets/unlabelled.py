@@ -82,7 +82,7 @@ def photographs(folder: str | Path) -> list[str]:
     return found
 
 
-def partly_labelled(
+def with_photographs(
     loader: Mapping, folder: str | Path, tested: Sequence
 ) -> dict:
     """The two settings by which a training loader shows photographs, too.

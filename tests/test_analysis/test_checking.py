@@ -22,7 +22,7 @@ from mmkd.analysis.checking import check
 from mmkd.analysis.sheet import written
 from mmkd.analysis.teacher_check import Seen, better, confused, evaluate
 from mmkd.compat.checkpoint import sha256_of
-from mmkd.datasets.unlabelled import partly_labelled
+from mmkd.datasets.unlabelled import with_photographs
 from mmkd.engine.random_state import capture
 from mmkd.registry import MODELS as OWN
 
@@ -577,7 +577,7 @@ def test_photographs_are_counted_and_copies_of_tested_ones_told(
             shutil.copy(val / 'images' / '007.png', tmp_path / 'a.png')
             shutil.copy(train / 'images' / '003.png', tmp_path / 'b.png')
         mixed = Config(config.to_dict())
-        for key, value in partly_labelled(loader, folder, tested).items():
+        for key, value in with_photographs(loader, folder, tested).items():
             mixed.train_dataloader[key] = value
         sheet = check(mixed, images=0, device='cpu')
         number = 64 if folder is val else 2

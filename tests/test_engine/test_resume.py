@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from mmkd.compat.checkpoint import read_checkpoint
-from mmkd.datasets.unlabelled import partly_labelled
+from mmkd.datasets.unlabelled import with_photographs
 from mmkd.engine import resume
 from mmkd.engine.interrupt import Interrupted
 from mmkd.engine.trainer import Trainer, latest_checkpoint
@@ -100,7 +100,7 @@ def config(data, work_dir, case):
     if unlabelled:
         loader = cfg.train_dataloader
         loader.dataset.indices = 4
-        mixed = partly_labelled(loader, data / 'images', [])
+        mixed = with_photographs(loader, data / 'images', [])
         for key, value in mixed.items():
             loader[key] = value
         cfg.model = learning(data)
