@@ -85,7 +85,7 @@ def test_sets_in_wrappers_are_left_out_too(folder):
 
 
 def test_a_photograph_has_no_number_that_a_labelled_image_may_have(folder):
-    """Teachers remember by it what they said of an image."""
+    """What a teacher predicted is stored by it."""
     found = PartlyLabelledDataset(first(folder), folder)
     ids = [one['data_samples'].img_id for one in found]
     assert ids == [0, 1, '2.png', '3.png', '4.png', '5.png']
