@@ -212,8 +212,8 @@ def as_default(results, **control):
 def test_the_default_recipe_is_summed_up(results):
     text = page.of_default([as_default(results)])
     assert (
-        '| Cells | 40.0 | 15.0 | 16.0 | 30.0 | +6.5 (-1.5 to +14.5) | 25% '
-        '(10% to 40%) | 25% | 1 of 2 |'
+        '| Cells | default | 40.0 | 15.0 | 16.0 | 30.0 | +6.5 (-1.5 to +14.5) '
+        '| 25% (10% to 40%) | 25% | 1 of 2 |'
     ) in text
     assert 'It is not shown to help: Cells.' in text
 
@@ -235,7 +235,18 @@ def test_it_counts_as_well_with_images_without_labels(results):
     text = json.dumps(as_default(results))
     text = text.replace('"default', '"default_predicted_unlabelled')
     both = page.of_default([as_default(results), json.loads(text)])
-    assert both.count('| Cells | 40.0 | 15.0 | 16.0 | 30.0 |') == 2
+    for name in ('default', 'default_predicted'):
+        assert f'| Cells | {name} | 40.0 | 15.0 | 16.0 | 30.0 |' in both
+
+
+def test_it_says_where_the_aim_is_reached(results):
+    near, far, unknown = (as_default(results) for _ in range(3))
+    near['title'], far['title'] = 'Near', 'Far'
+    near['comparisons'][1]['gap_closed']['mean'] = 0.7
+    unknown['comparisons'].pop()
+    text = page.of_default([far, near, unknown])
+    assert 'Gap closed in equal time, 70% or more: Near.' in text
+    assert 'Gap closed in equal time, less than 70%: Far.' in text
 
 
 def test_no_default_no_words(results):
