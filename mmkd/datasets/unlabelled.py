@@ -167,7 +167,9 @@ class PartlyLabelledDataset(ConcatDataset):
 
     What is labelled and what is validated or tested on is left out, so that
     ``unlabelled`` may be the folder of all photographs: files are compared by
-    where they lie, so that copies under another path are not noticed.
+    where they lie, so that copies under another path are not noticed. What the
+    labelled set itself leaves out, as by ``filter_empty_gt`` or ``indices``,
+    counts as unlabelled.
 
     Args:
         dataset: The labelled set, any of mmdet's with its wrappers.
