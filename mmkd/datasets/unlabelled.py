@@ -100,8 +100,9 @@ def with_photographs(
     photographs(folder)
     size = loader.get('batch_size', 1)
     _check_half(size, size // 2)
-    sampler = loader.get('sampler') or dict(type=DefaultSampler)
-    _check_sampler(DATA_SAMPLERS.get(sampler['type']) or sampler['type'])
+    kind = (loader.get('sampler') or dict(type=DefaultSampler))['type']
+    named = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else None
+    _check_sampler(named or kind)
     return dict(
         batch_sampler=dict(type='mmkd.PartlyLabelledBatchSampler'),
         dataset=dict(

@@ -18,6 +18,7 @@ from mmkd.configs import (
     read_config,
     student_config,
 )
+from mmkd.datasets.unlabelled import with_photographs
 from mmkd.laboratory.runs import iterations
 from mmkd.recipes import INHERIT, RECIPES, Pair, inherits, recipe
 
@@ -144,35 +145,42 @@ def sham(arm: Arm, word: str, **teacher: Any) -> Arm:
     )
 
 
-def unlabelled(arm: Arm) -> Arm:
+def unlabelled(arm: Arm, folder: str | None = None) -> Arm:
     """A distilled arm whose teacher also teaches on images without labels.
 
     Half of each batch is labelled, so that a step costs what it cost.
 
     Args:
         arm: The arm.
+        folder: Where these images lie; those of the training set whose labels
+            the student does not have if None.
 
     Raises:
-        ValueError: If it trains by epochs, or one image at a time.
+        FileNotFoundError: If the folder has no photographs.
+        ValueError: If it trains on one image at a time.
     """
-    who = 'The arm "unlabelled"'
-    if 'max_epochs' in arm.settings.train_cfg:
+    settings = copy.deepcopy(arm.settings)
+    loader = settings.train_dataloader
+    if loader.batch_size < 2:
         raise ValueError(
-            f'{who} mixes two sets without end, so it needs a training that '
-            f"counts iterations: train_cfg=dict(type='IterBasedTrainLoop', "
-            f'max_iters=…), and by_epoch=False in its schedules.'
+            'The arm "unlabelled" needs a batch of a labelled and an '
+            'unlabelled image. Set train_dataloader.batch_size to 2 or more.'
         )
-    if arm.settings.train_dataloader.batch_size < 2:
-        raise ValueError(
-            f'{who} needs a batch of a labelled and an unlabelled image. Set '
-            f'train_dataloader.batch_size to 2 or more.'
-        )
+    if folder is not None:
+        tested = [
+            settings[key].dataset
+            for key in ('val_dataloader', 'test_dataloader')
+            if settings.get(key)
+        ]
+        for key, value in with_photographs(loader, folder, tested).items():
+            loader[key] = value
     return replace(
         arm,
         name=f'{arm.name}{UNLABELLED}',
         title=f'{arm.title}, unlabelled images too',
         method=f'{arm.method}{UNLABELLED}',
-        unlabelled=True,
+        settings=settings,
+        unlabelled=folder is None,
     )
 
 
@@ -210,7 +218,19 @@ def _rename(terms: dict, old: str, new: str) -> None:
 
 
 def _take_the_rest(settings: Config, own: Config) -> None:
-    """What a method's card names besides the model: the clipping."""
+    """What a method's card names besides the model: the clipping.
+
+    Raises:
+        ValueError: If it shows photographs that the student alone has not.
+    """
+    dataset = (own.get('train_dataloader') or {}).get('dataset') or {}
+    if 'unlabelled' in dataset:
+        raise ValueError(
+            f'{own.filename} also shows photographs without labels, and '
+            f'methods are compared on the same images. Take them out of it, '
+            f'and ask for an arm of their own: --arms alone time unlabelled '
+            f'sham --unlabelled {dataset["unlabelled"]}'
+        )
     clip = own.get('optim_wrapper', {}).get('clip_grad')
     if clip:
         settings.optim_wrapper.clip_grad = clip
@@ -301,7 +321,8 @@ def seeded(arm: Arm, seed: int, labels: int | None, images: int) -> Config:
         loader = settings.train_dataloader
         chosen = subset(seed, labels, images)
         if arm.unlabelled:
-            _add_unlabelled(loader, chosen, images)
+            by_epoch = 'max_epochs' in settings.train_cfg
+            _add_unlabelled(loader, chosen, images, by_epoch)
         else:
             _innermost(loader.dataset).indices = chosen
     return settings
@@ -314,8 +335,12 @@ def _innermost(dataset: ConfigDict) -> ConfigDict:
 
 
 def _add_unlabelled(
-    loader: ConfigDict, chosen: Sequence[int], images: int
+    loader: ConfigDict, chosen: Sequence[int], images: int, by_epoch: bool
 ) -> None:
+    """Half of each batch from those that were not chosen.
+
+    MMDetection's own sampler of several sets never ends, which epochs must.
+    """
     few, many = loader.dataset, copy.deepcopy(loader.dataset)
     _innermost(few).indices = list(chosen)
     inner = _innermost(many)
@@ -325,6 +350,9 @@ def _add_unlabelled(
     ]
     size = loader.batch_size
     loader.dataset = ConfigDict(type='ConcatDataset', datasets=[few, many])
+    if by_epoch:
+        loader.batch_sampler = dict(type='mmkd.PartlyLabelledBatchSampler')
+        return
     loader.sampler = ConfigDict(
         type='MultiSourceSampler',
         batch_size=size,

@@ -35,6 +35,7 @@ from mmkd.laboratory.digests import (
     config_digest,
     data_digest,
     file_digest,
+    folder_digest,
     recipe_digest,
     sources,
 )
@@ -83,6 +84,7 @@ SETTINGS = dict(
     arms=ARMS,
     seeds=(0, 1, 2, 3, 4, 5),
     labels=None,
+    unlabelled=None,
     cache=1.0,
     share=1.0,
     draws=1000,
@@ -166,6 +168,12 @@ def _parser() -> argparse.ArgumentParser:
         '--labels',
         type=int,
         help='train the student on so many images, another choice each seed',
+    )
+    parser.add_argument(
+        '--unlabelled',
+        metavar='FOLDER',
+        help='photographs for the arm "unlabelled"; default: the training '
+        "set's own that --labels leaves over",
     )
     parser.add_argument(
         '--cache',
@@ -335,6 +343,11 @@ class Comparison:
         self.student = read_config(setting.student, 'The student')
         self.student.model = student_config(self.student.model)
         self.data = data_digest(self.student)
+        self.photographs = (
+            {}
+            if setting.unlabelled is None
+            else dict(unlabelled=folder_digest(setting.unlabelled))
+        )
         self.facts = data_facts(self.student)
         self.teacher = self._teacher_run()
 
@@ -492,7 +505,7 @@ class Comparison:
             data=dict(
                 name=str(self.student.get('data_root', '')).strip('/'),
                 labels=setting.labels,
-                sha256=self.data,
+                sha256=self.data | self.photographs,
                 **self.facts,
             ),
             versions=versions(),
@@ -515,7 +528,7 @@ class Comparison:
                     if 'terms' in (model := arm.settings.model)
                     for one in model.teachers.values()
                 },
-                data=self.data,
+                data=self.data | self.photographs,
             ),
             share=setting.share,
             sources={arm.name: sources(arm.settings) for arm in trials.arms},
@@ -567,6 +580,8 @@ class Comparison:
                 keys = dict(self.data, code=code_digest(settings))
                 if 'teachers' in settings.model:
                     keys['teacher'] = weights
+                if 'unlabelled' in settings.train_dataloader.dataset:
+                    keys |= self.photographs
                 run = Run(
                     f'{arm.title}, seed {seed}',
                     file,
@@ -628,13 +643,17 @@ class Comparison:
 
     def _unlabelled(self, taught: Sequence[Arm]) -> list[Arm]:
         labels, images = self.setting.labels, self.facts['train_images']
-        if labels is None or labels >= images:
+        folder = self.setting.unlabelled
+        if folder is None and (labels is None or labels >= images):
             raise ValueError(
-                f'the arm "unlabelled" needs images without labels: set '
-                f'--labels below {images}, the number of training images.'
+                f'the arm "unlabelled" needs images without labels: name '
+                f'their folder, --unlabelled FOLDER, or set --labels below '
+                f'{images}, the number of training images.'
             )
         return [
-            build.unlabelled(arm) for arm in taught if arm.kind == 'distilled'
+            build.unlabelled(arm, folder)
+            for arm in taught
+            if arm.kind == 'distilled'
         ]
 
     def _shuffled(self) -> Path:

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
@@ -15,6 +16,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmkd.build import find
+from mmkd.datasets.unlabelled import photographs
 from mmkd.laboratory.runs import PACKAGE
 from mmkd.registry import DATASETS, MODELS, SCHEDULES
 
@@ -76,6 +78,15 @@ def data_digest(settings: Config) -> dict[str, str]:
         split: _split_digest(settings[f'{split}_dataloader'].dataset)
         for split in ('train', 'test')
     }
+
+
+def folder_digest(folder: str | Path) -> str:
+    """Digest of the photographs in a folder: places and sizes in bytes."""
+    found = photographs(folder)
+    return _digest(
+        f'{os.path.relpath(one, folder)} {os.path.getsize(one)}'
+        for one in found
+    )
 
 
 @cache

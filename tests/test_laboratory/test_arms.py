@@ -224,15 +224,44 @@ def test_it_is_compared_as_a_method_of_its_own(few):
     assert one.settings.model == few.settings.model
 
 
-@pytest.mark.parametrize(
-    ('change', 'complaint'),
-    [
-        (dict(train_cfg=dict(max_epochs=3)), 'counts iterations'),
-        (dict(train_dataloader=dict(batch_size=1)), '2 or more'),
-    ],
-)
-def test_what_cannot_be_mixed_is_said(few, change, complaint):
-    for key, value in change.items():
-        few.settings[key] = value
-    with pytest.raises(ValueError, match=complaint):
+def test_a_training_by_epochs_mixes_them_by_a_sampler_with_an_end(few):
+    few.settings.train_cfg = dict(max_epochs=3)
+    few.settings.train_dataloader.sampler = dict(type='DefaultSampler')
+    loader = arms.seeded(arms.unlabelled(few), 1, 4, 10).train_dataloader
+    known, rest = (one.dataset for one in loader.dataset.datasets)
+    assert len(known.indices) == 4
+    assert sorted([*known.indices, *rest.indices]) == list(range(10))
+    assert loader.batch_sampler == dict(type='mmkd.PartlyLabelledBatchSampler')
+    assert loader.sampler == few.settings.train_dataloader.sampler
+
+
+def test_they_may_lie_in_a_folder_of_their_own(few, tmp_path):
+    (tmp_path / 'a.jpg').touch()
+    for split in ('val', 'test'):
+        few.settings[f'{split}_dataloader'] = dict(
+            dataset=dict(ann_file=split)
+        )
+    plain = arms.seeded(few, 1, 4, 10).train_dataloader
+    one = arms.unlabelled(few, str(tmp_path))
+    loader = arms.seeded(one, 1, 4, 10).train_dataloader
+    assert loader.dataset.dataset == plain.dataset
+    assert loader.dataset.unlabelled == str(tmp_path)
+    files = [known.ann_file for known in loader.dataset.without]
+    assert files == ['val', 'test']
+    assert loader.batch_sampler == dict(type='mmkd.PartlyLabelledBatchSampler')
+    assert 'unlabelled' not in few.settings.train_dataloader.dataset
+
+
+def test_a_batch_of_one_image_cannot_be_mixed(few):
+    few.settings.train_dataloader = dict(batch_size=1)
+    with pytest.raises(ValueError, match='2 or more'):
         arms.unlabelled(few)
+
+
+def test_photographs_of_a_method_s_config_are_told_of(few, tmp_path):
+    """They would be left out without a word otherwise."""
+    shown = dict(dataset=dict(unlabelled='photographs'))
+    Config(dict(train_dataloader=shown)).dump(tmp_path / 'mine.py')
+    own = Config.fromfile(tmp_path / 'mine.py')
+    with pytest.raises(ValueError, match=r'mine\.py.*--unlabelled photogr'):
+        arms._take_the_rest(few.settings, own)

@@ -205,6 +205,31 @@ def test_images_without_labels_are_an_arm_where_it_is_asked_for(comparison):
     ]
 
 
+def test_photographs_of_a_folder_are_said_of_the_runs_that_see_them(
+    comparison, tmp_path
+):
+    (tmp_path / 'a.png').write_bytes(b'12')
+    comparison.setting.update(
+        arms=['alone', 'unlabelled'],
+        methods=['pkd'],
+        unlabelled=str(tmp_path),
+    )
+
+    def keys():
+        anew = type(comparison)(
+            comparison.setting, comparison.folder, comparison.options, ''
+        )
+        runs = anew._trials().runs
+        return [runs[one, 0].keys for one in ('alone', 'pkd_unlabelled')]
+
+    before = keys()
+    assert ['unlabelled' in one for one in before] == [False, True]
+    (tmp_path / 'b.png').write_bytes(b'1')
+    after = keys()
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
 def test_the_teacher_keeps_what_it_said(comparison):
     trials = comparison._trials()
     for arm in ('pkd', 'pkd_sham'):
