@@ -47,7 +47,8 @@ NO_LOGITS = (CenterNetHead, GuidedAnchorHead, TOODHead, YOLOV3Head)
 DEFAULT = 'default'
 #: The same, and the teacher's detections as labels where there are none.
 DEFAULT_PREDICTED = 'default_predicted'
-#: Parts whose weights the default lets a student start from, where alike.
+#: Parts whose weights ``default_predicted`` lets a student start from, where
+#: alike.
 STARTS = ('bbox_head', 'rpn_head', 'roi_head')
 #: Where nothing is learnt but what the student starts from.
 INHERIT = 'inherit'
@@ -546,8 +547,8 @@ def inherits(method: str, pair: Pair) -> bool | tuple[str, ...]:
     """
     if method == INHERIT:
         return pair.alike or True  # which says what differs
-    states = method in (DEFAULT, DEFAULT_PREDICTED)
-    if states and pair.comparable and not pair.asks:
+    few = method == DEFAULT_PREDICTED
+    if few and pair.comparable and not pair.asks:
         return tuple(one for one in pair.alike if one in STARTS) or False
     return False
 

@@ -328,29 +328,33 @@ def test_parts_of_a_detector_of_queries_are_alike():
     assert {'decoder', 'bbox_head', 'level_embed'} <= {*alike(*models)}
     pair = look(*(dict(model=one) for one in models))
     assert inherits('inherit', pair) == pair.alike
-    assert inherits('default', pair) is False  # one head of many decoders
+    predicted = 'default_predicted'
+    assert inherits(predicted, pair) is False  # one head of many decoders
 
 
-def test_a_two_stage_default_starts_from_both_heads():
+def test_two_stages_start_from_both_heads():
     one = tiny.faster_rcnn()
     other = copy.deepcopy(one)
     other.train_cfg.rcnn.sampler.num = 7
     pair = look(dict(model=one), dict(model=other))
-    assert inherits('default', pair) == ('rpn_head', 'roi_head')
-    assert inherits('pkd', pair) is False
+    heads = ('rpn_head', 'roi_head')
+    assert inherits('default_predicted', pair) == heads
+    assert inherits('default', pair) is inherits('pkd', pair) is False
     assert inherits('inherit', pair)[0] == 'neck'
 
 
-def test_the_ablation_is_the_default_but_for_the_start():
-    folder = Path(mmkd.__file__).parents[1] / 'configs/laboratory/bccd'
-    student, teacher, own = (
-        read_config(folder / f'{name}.py')
-        for name in ('student', 'teacher', 'default_own_head')
+@pytest.mark.parametrize('folder', ['configs/laboratory/bccd', 'demo/configs'])
+def test_the_ablation_is_the_default_but_for_the_start(folder):
+    root = Path(mmkd.__file__).parents[1]
+    student, teacher = (
+        read_config(root / folder / f'{one}.py')
+        for one in ('student', 'teacher')
     )
     pair = look(student, teacher)
+    own = read_config(root / 'configs/laboratory/default_teacher_head.py')
     assert own.model.terms.to_dict() == recipe('default', pair)
-    assert inherits('default', pair) == ('bbox_head',)
-    assert not own.model.teachers.teacher.get('inherit')
+    start = own.model.teachers.teacher.inherit
+    assert start == inherits('default_predicted', pair) == ('bbox_head',)
 
 
 def test_the_default_for_images_without_labels(pair):
@@ -360,8 +364,7 @@ def test_the_default_for_images_without_labels(pair):
     assert learnt == dict(
         type='mmkd.PredictedBoxTerm', teacher='big', where='unlabelled'
     )
-    start = inherits('default_predicted', pair)
-    assert start == inherits('default', pair) == ('bbox_head',)
+    assert inherits('default_predicted', pair) == ('bbox_head',)
 
 
 def alike(student, teacher):

@@ -50,15 +50,15 @@ RECIPE = """\
 
 What a student learns by that names no method: PKD on the neck, which pushes
 the backbone's maps as hard as the detection loss does, and, where both heads
-give the same class scores, CWD on these, half as hard. A head of the teacher's
-form starts from the teacher's weights. The shares are round numbers and the
-same everywhere. `default_predicted`, for images without labels, also learns
-from what the teacher detects. With and without CWD, the teacher's head to
-start from, and its detections was tried on the validation split of the blood
-cells alone, with seeds that are not reported. Shares of 2 and 4 for PKD alone
-made no clear difference there and on tree crowns (one seed each). The *gap* is
-that from the student alone, in equal time (with 95 % interval) and in equal
-steps, to the teacher.
+give the same class scores, CWD on these, half as hard. The shares are round
+numbers and the same everywhere. `default_predicted`, for images without
+labels, also learns from what the teacher detects, and a head of the teacher's
+form starts from the teacher's weights. With and without CWD, the teacher's
+head to start from, and its detections was tried on the validation split of the
+blood cells, the head also on that of the tree crowns ([The
+laboratory](laboratory.md#what-pilots-said)). Shares of 2 and 4 for PKD alone
+made no clear difference (one seed each). The *gap* is that from the student
+alone, in equal time (with 95 % interval) and in equal steps, to the teacher.
 """
 
 #: The default recipe's arms, the one that counts for a setting first.

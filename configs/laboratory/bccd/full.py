@@ -13,7 +13,7 @@ laboratory = dict(
     teacher='configs/laboratory/bccd/teacher.py',
     methods=(
         'default',
-        'configs/laboratory/bccd/default_own_head.py',
+        'configs/laboratory/default_teacher_head.py',
         'inherit',
         'pkd',
         'crosskd',

@@ -11,6 +11,13 @@ laboratory = dict(
     'ImageNet weights, the student from scratch.',
     student='demo/configs/student.py',
     teacher='demo/configs/teacher.py',
-    methods=('default', 'pkd', 'crosskd', 'fgd', 'affinity'),
+    methods=(
+        'default',
+        'configs/laboratory/default_teacher_head.py',
+        'pkd',
+        'crosskd',
+        'fgd',
+        'affinity',
+    ),
     seeds=(0, 1, 2, 3, 4, 5),
 )

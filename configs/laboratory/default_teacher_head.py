@@ -1,6 +1,7 @@
-"""The default recipe, but for the head, which the student begins anew.
+"""The default recipe, and the teacher's head for the student to start from.
 
-What the teacher's head adds as a start is the distance to ``default``.
+What the head gives as a start is the distance to ``default``. For the students
+of the blood cells and of the tree crowns, whose heads are their teachers'.
 """
 
 _levels = (0, 1, 2)
@@ -14,7 +15,12 @@ _term = dict(
 model = dict(
     type='mmkd.Distiller',
     student='GFL',
-    teachers=dict(teacher=dict(config='configs/laboratory/bccd/teacher.py')),
+    teachers=dict(
+        teacher=dict(
+            config='configs/laboratory/bccd/teacher.py',  # or that of trees
+            inherit=('bbox_head',),
+        )
+    ),
     terms=dict(
         default=dict(
             type='mmkd.BalancedTerm',
