@@ -17,8 +17,6 @@ laboratory = dict(
         'inherit',
         'pkd',
         'crosskd',
-        'fgd',
-        'affinity',
     ),
     seeds=(0, 1, 2, 3, 4, 5),
     labels=20,

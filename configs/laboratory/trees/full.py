@@ -15,9 +15,6 @@ laboratory = dict(
         'default',
         'configs/laboratory/default_teacher_head.py',
         'pkd',
-        'crosskd',
-        'fgd',
-        'affinity',
     ),
     seeds=(0, 1, 2, 3, 4, 5),
 )
