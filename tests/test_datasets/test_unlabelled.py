@@ -10,6 +10,7 @@ import pictures
 import pytest
 from mmcv.transforms import BaseTransform, Compose
 from mmdet.datasets.samplers import ClassAwareSampler
+from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.registry import init_default_scope
 
@@ -230,6 +231,58 @@ def test_the_labelled_set_keeps_its_own_pipeline(folder):
         False,
         True,
     )
+
+
+#: Packages that some of mmdet's pipelines ask for.
+OPTIONAL = (
+    *('albumentations', 'instaboost', 'panopticapi', 'petrel_client'),
+    'transformers',
+)
+#: Of detectors that are given proposals, and of videos.
+OTHERS = ('LoadProposals', 'UniformRefFrameSample', 'TransformBroadcaster')
+
+
+@pytest.mark.slow
+def test_nearly_all_of_mmdet_s_training_pipelines_show_photographs(folder):
+    seen, failed = set(), {}
+    for path in sorted(CONFIGS.rglob('*.py')):
+        if '_base_' in path.parts:
+            continue
+        try:
+            layers = pipelines(Config.fromfile(path))
+        except (KeyError, ImportError, FileNotFoundError):
+            # Of another task, or names a file that the package lacks.
+            continue
+        if not layers or str(layers) in seen:
+            continue
+        seen.add(str(layers))
+        config = dict(first(folder), pipeline=layers[-1]['pipeline'])
+        for wrapper in reversed(layers[:-1]):
+            config = dict(wrapper, dataset=config)
+        try:
+            found = PartlyLabelledDataset(config, folder)
+        except (ImportError, RuntimeError, ValueError) as error:
+            if not any(one in str(error) for one in OPTIONAL + OTHERS):
+                raise
+            failed[path.stem] = error
+        else:
+            assert not labelled(found[5]['data_samples']), path
+    assert len(seen) - len(failed) >= 70
+
+
+def pipelines(config):
+    """A training set's config, and those inside of it, that have one."""
+    loader = config.get('train_dataloader') or {}
+    found, inner = [], loader.get('dataset')
+    while inner is not None:
+        if 'pipeline' in inner:
+            found.append(inner.to_dict())
+        inner = inner.get('dataset') or next(
+            iter(inner.get('datasets', ())), None
+        )
+    for one in found[:-1]:
+        del one['dataset']
+    return found if found and 'ann_file' in str(found[-1]) else []
 
 
 @TRANSFORMS.register_module()
