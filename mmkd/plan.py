@@ -31,7 +31,7 @@ from mmkd.classes import by_name, with_classes
 from mmkd.compat.checkpoint import check_file, classes_of, read_checkpoint
 from mmkd.configs import read_config, student_config
 from mmkd.datasets.check import named_classes
-from mmkd.datasets.unlabelled import with_photographs
+from mmkd.datasets.photographs import with_photographs
 from mmkd.distillers.distiller import CHECK_SIZES, example_sample
 from mmkd.distillers.unlabelled import partly_labelled
 from mmkd.randomness import preserved

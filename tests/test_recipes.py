@@ -351,7 +351,9 @@ def test_the_ablation_is_the_default_but_for_the_start(folder):
         for one in ('student', 'teacher')
     )
     pair = look(student, teacher)
-    own = read_config(root / 'configs/laboratory/default_teacher_head.py')
+    own = read_config(
+        root / 'configs/laboratory/ablations/default_teacher_head.py'
+    )
     assert own.model.terms.to_dict() == recipe('default', pair)
     start = own.model.teachers.teacher.inherit
     assert start == inherits('default_predicted', pair) == ('bbox_head',)

@@ -22,7 +22,7 @@ from mmdet.registry import DATASETS
 from mmengine.dataset import BaseDataset
 
 from mmkd.checks import suggest
-from mmkd.datasets.unlabelled import photographs
+from mmkd.datasets.photographs import photographs
 from mmkd.reading import (
     OversizedError,
     decodes,

@@ -18,7 +18,7 @@ from mmkd.configs import (
     read_config,
     student_config,
 )
-from mmkd.datasets.unlabelled import with_photographs
+from mmkd.datasets.photographs import with_photographs
 from mmkd.laboratory.runs import iterations
 from mmkd.recipes import INHERIT, RECIPES, Pair, inherits, recipe
 

@@ -16,7 +16,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmkd.build import find
-from mmkd.datasets.unlabelled import photographs
+from mmkd.datasets.photographs import photographs
 from mmkd.laboratory.runs import PACKAGE
 from mmkd.registry import DATASETS, MODELS, SCHEDULES
 

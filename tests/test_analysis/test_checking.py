@@ -22,7 +22,7 @@ from mmkd.analysis.checking import check
 from mmkd.analysis.sheet import written
 from mmkd.analysis.teacher_check import Seen, better, confused, evaluate
 from mmkd.compat.checkpoint import sha256_of
-from mmkd.datasets.unlabelled import with_photographs
+from mmkd.datasets.photographs import with_photographs
 from mmkd.engine.random_state import capture
 from mmkd.registry import MODELS as OWN
 

@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from mmkd.compat.checkpoint import read_checkpoint
-from mmkd.datasets.unlabelled import with_photographs
+from mmkd.datasets.photographs import with_photographs
 from mmkd.engine import resume
 from mmkd.engine.interrupt import Interrupted
 from mmkd.engine.trainer import Trainer, latest_checkpoint

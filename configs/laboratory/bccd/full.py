@@ -13,7 +13,7 @@ laboratory = dict(
     teacher='configs/laboratory/bccd/teacher.py',
     methods=(
         'default',
-        'configs/laboratory/default_teacher_head.py',
+        'configs/laboratory/ablations/default_teacher_head.py',
         'inherit',
         'pkd',
         'crosskd',

@@ -13,7 +13,7 @@ laboratory = dict(
     teacher='demo/configs/teacher.py',
     methods=(
         'default',
-        'configs/laboratory/default_teacher_head.py',
+        'configs/laboratory/ablations/default_teacher_head.py',
         'pkd',
     ),
     seeds=(0, 1, 2, 3, 4, 5),

@@ -15,7 +15,7 @@ from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.registry import init_default_scope
 
 from mmkd.datasets.check import check_dataset
-from mmkd.datasets.unlabelled import (
+from mmkd.datasets.photographs import (
     PartlyLabelledBatchSampler,
     PartlyLabelledDataset,
     photographs,

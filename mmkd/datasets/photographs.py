@@ -398,8 +398,7 @@ class PartlyLabelledBatchSampler(Sampler):
             images by itself.
 
     Example:
-        >>> from types import SimpleNamespace as Some
-        >>> parts = Some(datasets=[range(4), range(9)])
+        >>> parts = ConcatDataset([range(4), range(9)])
         >>> sampler = DefaultSampler(parts, shuffle=False)
         >>> list(PartlyLabelledBatchSampler(sampler, 2))
         [[0, 4], [1, 5]]
