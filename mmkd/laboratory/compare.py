@@ -272,6 +272,12 @@ def _setting(options: argparse.Namespace) -> ConfigDict:
         )
     for arm in setting.arms:
         check_name('compare.py', 'arm', arm, (*ARMS, *OPTIONAL))
+    if setting.unlabelled is not None and 'unlabelled' not in setting.arms:
+        raise ValueError(
+            f'compare.py shows the photographs of {setting.unlabelled} to the '
+            f'arm "unlabelled" alone, which is not asked for. Add --arms '
+            f'{" ".join(setting.arms)} unlabelled'
+        )
     for method in setting.methods:
         if method not in RECIPES and not Path(method).is_file():
             raise ValueError(

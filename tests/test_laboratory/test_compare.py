@@ -74,6 +74,10 @@ def test_a_students_config_is_a_setting_of_its_own(config):
             ['STUDENT', '--teacher', 't.py', '--arms', 'shame'],
             "Did you mean 'sham'",
         ),
+        (
+            ['STUDENT', '--teacher', 't.py', '--unlabelled', 'photographs'],
+            'Add --arms alone time distilled sham unlabelled',
+        ),
         (['nowhere.py'], 'has no config file'),
     ],
 )
