@@ -5,6 +5,10 @@ import mmengine.config.utils
 import pytest
 import tiny
 import torch
+
+# YAPF writes its grammar into the user's cache when it is new and lets another
+# process read it half written: it is written here, before there are workers.
+import yapf  # noqa: F401
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.logging import MessageHub
 from mmengine.visualization import Visualizer
