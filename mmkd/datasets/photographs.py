@@ -98,11 +98,7 @@ def with_photographs(
             chooses images by itself.
     """
     photographs(folder)
-    size = loader.get('batch_size', 1)
-    _check_half(size, size // 2)
-    kind = (loader.get('sampler') or dict(type=DefaultSampler))['type']
-    named = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else None
-    _check_sampler(named or kind)
+    check_loader(loader)
     return dict(
         batch_sampler=dict(type='mmkd.PartlyLabelledBatchSampler'),
         dataset=dict(
@@ -112,6 +108,23 @@ def with_photographs(
             without=list(tested),
         ),
     )
+
+
+def check_loader(loader: Mapping) -> None:
+    """Whether half of a training loader's batches can lack labels.
+
+    Args:
+        loader: A config's ``train_dataloader``.
+
+    Raises:
+        ValueError: If a batch holds a single image, or the loader's sampler
+            chooses images by itself.
+    """
+    size = loader.get('batch_size', 1)
+    _check_half(size, size // 2)
+    kind = (loader.get('sampler') or dict(type=DefaultSampler))['type']
+    named = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else None
+    _check_sampler(named or kind)
 
 
 class _Photographs(BaseDetDataset):

@@ -72,10 +72,11 @@ def partly_labelled(
     if not known:
         raise ValueError(
             f'The distiller got a batch of {len(samples)} images none of '
-            f'which is labelled. Give every batch a labelled image: '
-            f"train_dataloader.sampler=dict(type='MultiSourceSampler', "
-            f'batch_size=4, source_ratio=[1, 3]) over a ConcatDataset of the '
-            f'labelled and the unlabelled set.'
+            f'which is labelled. Give every batch images of both kinds: '
+            f"train_dataloader.batch_sampler=dict(type='mmkd."
+            f"PartlyLabelledBatchSampler') over an "
+            f'mmkd.PartlyLabelledDataset, or a ConcatDataset of the labelled '
+            f'and the unlabelled set.'
         )
     rest = images[known:], samples[known:]
     with recording(detector, paths) as record:

@@ -18,7 +18,7 @@ from mmkd.configs import (
     read_config,
     student_config,
 )
-from mmkd.datasets.photographs import with_photographs
+from mmkd.datasets.photographs import check_loader, with_photographs
 from mmkd.laboratory.runs import iterations
 from mmkd.recipes import INHERIT, RECIPES, Pair, inherits, recipe
 
@@ -157,15 +157,12 @@ def unlabelled(arm: Arm, folder: str | None = None) -> Arm:
 
     Raises:
         FileNotFoundError: If the folder has no photographs.
-        ValueError: If it trains on one image at a time.
+        ValueError: If it trains on one image at a time, or its sampler
+            chooses images by itself.
     """
     settings = copy.deepcopy(arm.settings)
     loader = settings.train_dataloader
-    if loader.batch_size < 2:
-        raise ValueError(
-            'The arm "unlabelled" needs a batch of a labelled and an '
-            'unlabelled image. Set train_dataloader.batch_size to 2 or more.'
-        )
+    check_loader(loader)
     if folder is not None:
         tested = [
             settings[key].dataset
@@ -321,8 +318,7 @@ def seeded(arm: Arm, seed: int, labels: int | None, images: int) -> Config:
         loader = settings.train_dataloader
         chosen = subset(seed, labels, images)
         if arm.unlabelled:
-            by_epoch = 'max_epochs' in settings.train_cfg
-            _add_unlabelled(loader, chosen, images, by_epoch)
+            _add_unlabelled(loader, chosen, images)
         else:
             _innermost(loader.dataset).indices = chosen
     return settings
@@ -335,12 +331,9 @@ def _innermost(dataset: ConfigDict) -> ConfigDict:
 
 
 def _add_unlabelled(
-    loader: ConfigDict, chosen: Sequence[int], images: int, by_epoch: bool
+    loader: ConfigDict, chosen: Sequence[int], images: int
 ) -> None:
-    """Half of each batch from those that were not chosen.
-
-    MMDetection's own sampler of several sets never ends, which epochs must.
-    """
+    """Half of each batch from those that were not chosen."""
     few, many = loader.dataset, copy.deepcopy(loader.dataset)
     _innermost(few).indices = list(chosen)
     inner = _innermost(many)
@@ -348,17 +341,8 @@ def _add_unlabelled(
     inner.pipeline = [
         one for one in inner.pipeline if one.type != 'LoadAnnotations'
     ]
-    size = loader.batch_size
     loader.dataset = ConfigDict(type='ConcatDataset', datasets=[few, many])
-    if by_epoch:
-        loader.batch_sampler = dict(type='mmkd.PartlyLabelledBatchSampler')
-        return
-    loader.sampler = ConfigDict(
-        type='MultiSourceSampler',
-        batch_size=size,
-        source_ratio=[size - size // 2, size // 2],
-    )
-    loader.pop('batch_sampler', None)
+    loader.batch_sampler = dict(type='mmkd.PartlyLabelledBatchSampler')
 
 
 def subset(seed: int, labels: int, images: int) -> list[int]:

@@ -184,8 +184,8 @@ class PredictedBoxTerm(Term):
             print_log(
                 f"PredictedBoxTerm with where='unlabelled' has learnt nothing "
                 f'in {PATIENCE} steps: every image has labels. Give each '
-                f'batch some without (a ConcatDataset whose second set has no '
-                f"LoadAnnotations, and MultiSourceSampler), or where='all'.",
+                f'batch some without (mmkd.PartlyLabelledDataset and '
+                f"mmkd.PartlyLabelledBatchSampler), or set where='all'.",
                 logger='current',
                 level=logging.WARNING,
             )

@@ -157,7 +157,7 @@ def test_two_stages(teachers, terms, batch):
 
 def test_a_batch_without_labels_says_what_to_sample(student, batch):
     images, samples = batch
-    with pytest.raises(ValueError, match='MultiSourceSampler'):
+    with pytest.raises(ValueError, match='PartlyLabelledBatchSampler'):
         student.loss(images[[0, 2]], [samples[0], samples[2]])
 
 

@@ -193,6 +193,7 @@ def few(student, teacher, pair):
     one = Config(student.to_dict())
     one.train_dataloader = dict(
         batch_size=5,
+        sampler=dict(type='InfiniteSampler'),
         batch_sampler=dict(type='AspectRatioBatchSampler'),
         dataset=dict(
             type='RepeatDataset',
@@ -210,11 +211,9 @@ def test_what_has_no_labels_is_the_rest_of_the_training_set(few):
     assert sorted([*known.indices, *rest.indices]) == list(range(10))
     assert known.pipeline == [LOAD, ANNOTATE, PACK]
     assert rest.pipeline == [LOAD, PACK]
-    assert loader.sampler == dict(
-        type='MultiSourceSampler', batch_size=5, source_ratio=[3, 2]
-    )
     assert loader.batch_size == 5
-    assert 'batch_sampler' not in loader
+    assert loader.batch_sampler == dict(type='mmkd.PartlyLabelledBatchSampler')
+    assert loader.sampler == few.settings.train_dataloader.sampler
 
 
 def test_it_is_compared_as_a_method_of_its_own(few):
@@ -222,17 +221,6 @@ def test_it_is_compared_as_a_method_of_its_own(few):
     assert (one.name, one.method) == ('pkd_unlabelled', 'pkd_unlabelled')
     assert one.kind == 'distilled'
     assert one.settings.model == few.settings.model
-
-
-def test_a_training_by_epochs_mixes_them_by_a_sampler_with_an_end(few):
-    few.settings.train_cfg = dict(max_epochs=3)
-    few.settings.train_dataloader.sampler = dict(type='DefaultSampler')
-    loader = arms.seeded(arms.unlabelled(few), 1, 4, 10).train_dataloader
-    known, rest = (one.dataset for one in loader.dataset.datasets)
-    assert len(known.indices) == 4
-    assert sorted([*known.indices, *rest.indices]) == list(range(10))
-    assert loader.batch_sampler == dict(type='mmkd.PartlyLabelledBatchSampler')
-    assert loader.sampler == few.settings.train_dataloader.sampler
 
 
 def test_they_may_lie_in_a_folder_of_their_own(few, tmp_path):
@@ -255,6 +243,12 @@ def test_they_may_lie_in_a_folder_of_their_own(few, tmp_path):
 def test_a_batch_of_one_image_cannot_be_mixed(few):
     few.settings.train_dataloader = dict(batch_size=1)
     with pytest.raises(ValueError, match='2 or more'):
+        arms.unlabelled(few)
+
+
+def test_a_sampler_that_chooses_images_cannot_be_mixed(few):
+    few.settings.train_dataloader.sampler.type = 'ClassAwareSampler'
+    with pytest.raises(ValueError, match='the config has a ClassAwareSampler'):
         arms.unlabelled(few)
 
 
