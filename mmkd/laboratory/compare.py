@@ -67,6 +67,8 @@ from mmkd.recipes import DEFAULT, RECIPES, Pair, look
 ARMS = ('alone', 'time', 'distilled', 'sham')
 #: Arms that are trained only where they are asked for.
 OPTIONAL = ('shuffled', 'unlabelled')
+#: What else has a folder beside those of the methods.
+TAKEN = ('alone', 'configs', 'report', 'teacher')
 #: Ratios of step times are rounded up to this, so that methods share a
 #: control.
 GRAIN = 0.1
@@ -284,8 +286,22 @@ def _setting(options: argparse.Namespace) -> ConfigDict:
                 f'compare.py has no method {method!r}, and there is no config '
                 f'of that name. {suggest(method, RECIPES)}'
             )
+    _check_names(setting.methods)
     setting.title = setting.title or _name(options).replace('/', ', ')
     return setting
+
+
+def _check_names(methods: Sequence[str]) -> None:
+    """Whether each method can have a folder and a row of its name."""
+    named = dict.fromkeys(TAKEN, 'what compare.py writes itself')
+    for method in methods:
+        name = Path(method).stem
+        if name in named:
+            raise ValueError(
+                f'compare.py calls the method {method} {name!r}, and '
+                f'{named[name]} as well. Name it once, or rename the file.'
+            )
+        named[name] = f'the method {method}'
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -78,6 +78,10 @@ def test_a_students_config_is_a_setting_of_its_own(config):
             ['STUDENT', '--teacher', 't.py', '--unlabelled', 'photographs'],
             'Add --arms alone time distilled sham unlabelled',
         ),
+        (
+            ['STUDENT', '--teacher', 't.py', '--methods', 'pkd', 'pkd'],
+            "calls the method pkd 'pkd', and the method pkd as well",
+        ),
         (['nowhere.py'], 'has no config file'),
     ],
 )
@@ -88,6 +92,22 @@ def test_what_is_wrong_is_said_before_anything_runs(
     words = [student if word == 'STUDENT' else word for word in words]
     assert compare.main(words) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('file', 'other'),
+    [('pkd.py', 'the method pkd'), ('teacher.py', 'what compare.py writes')],
+)
+def test_two_of_one_name_would_share_a_folder(
+    config, tmp_path, capsys, file, other
+):
+    path = tmp_path / file
+    path.write_text('')
+    words = ['--teacher', 't.py', '--methods', 'pkd', str(path)]
+    assert compare.main([config('student.py'), *words]) == 1
+    said = capsys.readouterr().err
+    assert f'calls the method {path} {path.stem!r}, and {other}' in said
+    assert 'rename the file' in said
 
 
 def test_a_misspelt_key_of_a_setting_gets_the_nearest(tmp_path, capsys):
