@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +28,36 @@ from mmkd.configs import read_config
 from mmkd.ops.attention import spatial_attention
 from mmkd.ops.masks import background_mask, foreground_mask
 from mmkd.randomness import preserved
-from mmkd.structures import GroundTruth
-from mmkd.taps import maps_of, recording
+from mmkd.structures import GroundTruth, Step
+from mmkd.taps import maps_of, recording, resolve
 from mmkd.teachers import run_detector
+from mmkd.terms.weights.positive import PositiveWeight
+from mmkd.terms.weights.score import ScoreWeight
+from mmkd.terms.weights.valuable import ValuableWeight
+from mmkd.terms.weights.weight import Weight
+
+#: Where a detector's dense head is, of one stage and of two.
+HEADS = ('bbox_head', 'rpn_head')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``show_focus.py``; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog='show_focus.py',
-        description='Draw foreground, background and attention of student '
-        'and teachers over training pictures, augmented as they are.',
+        description='Draw foreground, background, attention, richness, '
+        'positives and the valuable region, and what the terms of a config '
+        'weigh by, over training pictures, augmented as they are.',
     )
     parser.add_argument('config', help='a distillation config')
     parser.add_argument(
         '--checkpoint', help="the student's weights; untrained if not given"
     )
-    parser.add_argument('--count', type=int, default=4, help='pictures')
+    parser.add_argument(
+        '--count',
+        type=int,
+        default=4,
+        help='pictures, from all over the training set',
+    )
     parser.add_argument('--level', type=int, default=0, help='0: the finest')
     parser.add_argument('--tap', default='neck', help='whose maps are shown')
     parser.add_argument('--seed', type=int, default=0)
@@ -76,11 +90,22 @@ def show(options: argparse.Namespace) -> Path:
             state = state_dict_of(read_checkpoint(options.checkpoint))
             model.load_state_dict(state, strict=False)
         dataset = DATASETS.build(config.train_dataloader.dataset)
-        count = min(options.count, len(dataset))
-        batch = pseudo_collate([dataset[index] for index in range(count)])
+        chosen = spaced(len(dataset), options.count)
+        batch = pseudo_collate([dataset[index] for index in chosen])
         panels = focus(model, batch, options.tap, options.level)
     rows = [list(row) for row in zip(*panels.values())]
     return mosaic(rows, list(panels), options.out)
+
+
+def spaced(size: int, count: int) -> list[int]:
+    """Indices from all over a data set, as far from each other as they can.
+
+    Example:
+        >>> spaced(100, 4), spaced(2, 4)
+        ([12, 37, 62, 87], [0, 1])
+    """
+    count = min(count, size)
+    return [(2 * place + 1) * size // (2 * count) for place in range(count)]
 
 
 def focus(
@@ -96,8 +121,11 @@ def focus(
 
     Returns:
         RGB bytes (H, W, 3), padded as the batch is, by title: the pictures
-        alone, foreground and background as FGD weighs them, and the spatial
-        attention of the student and of each teacher.
+        alone; foreground and background as FGD weighs them; the spatial
+        attention of the student and of each teacher; of dense heads, how
+        likely an object is at each cell (FRS's richness), the student's
+        positives and LD's valuable region; and the weights of the terms. The
+        last ones are those of a training step, which the model makes.
 
     Raises:
         ValueError: If there is no such tap or level.
@@ -120,10 +148,12 @@ def focus(
     masks = dict(
         foreground=foreground_mask(gt, size),
         background=background_mask(gt, size),
-    ) | {
+    )
+    attention = {
         f'attention of {name}': spatial_attention(found[level])
         for name, found in maps.items()
     }
+    weights = _weights(model, images, samples, level)
     height, width = images.shape[-2:]
     canvas = [
         F.pad(one, (0, width - one.shape[-1], 0, height - one.shape[-2]))
@@ -131,10 +161,100 @@ def focus(
         .numpy()
         for one in pixels
     ]
-    return {'picture': canvas} | {
-        title: [attention_over(one, mask[i]) for i, one in enumerate(canvas)]
-        for title, mask in masks.items()
+    return dict(picture=canvas) | {
+        title: [
+            attention_over(one, heat[i], from_zero=title not in attention)
+            for i, one in enumerate(canvas)
+        ]
+        for title, heat in (masks | attention | weights).items()
     }
+
+
+def _weights(
+    model: nn.Module, images: Tensor, samples: list, level: int
+) -> dict[str, Tensor]:
+    """How much cells of a level count in a training step, (N, 1, h, w)."""
+    looks = model.observer = _Looks(model)
+    try:
+        model.train().loss(images, samples)
+    finally:
+        model.observer = None
+    return {
+        title: maps[level].amax(1, keepdim=True)
+        for title, maps in looks.maps.items()
+        if level < len(maps)
+    }
+
+
+class _Looks:
+    """Keeps what every weight is in a step that it observes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found: dict[str, tuple[Weight, list[str]]] = {}
+        self.maps: dict[str, Sequence[Tensor]] = {}
+        for title, weight, teacher in _every_weight(model):
+            taps = _Taps()
+            with _telling(title):
+                weight.bind(taps, model, model.teachers[teacher])
+                self.found[title] = weight, taps.paths
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for _, paths in self.found.values() for path in paths]
+
+    def __call__(self, step: Step, losses: Mapping[str, Any]) -> None:
+        for title, (weight, paths) in self.found.items():
+            # Not all of them are reached in a phase without labels.
+            if all(step.student.has(path) for path in paths):
+                with _telling(title):
+                    self.maps[title] = weight(step)
+
+
+@contextmanager
+def _telling(title: str) -> Iterator[None]:
+    """Say why something is not drawn, and go on."""
+    try:
+        yield
+    except ValueError as error:
+        print(f'Not drawn, {title}: {error}')
+
+
+class _Taps:
+    """Notes what a weight reads of the student, in place of its term."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+
+    def tap(self, student: nn.Module, path: str) -> None:
+        resolve(student, path)
+        self.paths.append(path)
+
+
+def _every_weight(model: nn.Module) -> Iterator[tuple[str, Weight, str]]:
+    """Titles, weights, and the names of their teachers."""
+    own = _dense_head(model)
+    for name, teacher in model.teachers.items():
+        head = _dense_head(teacher.detector)
+        if head is not None:
+            yield f'richness of {name}', ScoreWeight(tap=head), name
+    for name in list(model.teachers)[:1] if own is not None else ():
+        yield 'richness of student', ScoreWeight('student', own), name
+        yield 'positives', PositiveWeight(own, score=False), name
+        yield 'valuable region', ValuableWeight(own), name
+    for name, term in model.terms.items():
+        for part in term.modules():
+            if isinstance(part, Weight):
+                yield f'{name}: {type(part).__name__}', part, part.teacher
+
+
+def _dense_head(detector: nn.Module) -> str | None:
+    for path in HEADS:
+        head = getattr(detector, path, None)
+        if hasattr(head, 'prior_generator') and hasattr(
+            head, 'cls_out_channels'
+        ):
+            return path
+    return None
 
 
 def _maps(

@@ -211,7 +211,10 @@ def read_image(image: str | Path | np.ndarray) -> np.ndarray:
 
 
 def attention_over(
-    image: np.ndarray, feature: Tensor, strength: float = 0.6
+    image: np.ndarray,
+    feature: Tensor,
+    strength: float = 0.6,
+    from_zero: bool = False,
 ) -> np.ndarray:
     """Colour an image by where a feature map is strong.
 
@@ -222,6 +225,8 @@ def attention_over(
         image: RGB bytes, (H, W, 3).
         feature: The image's map of one level, (C, h, w).
         strength: Share of the colour, 0 leaves the image as it is.
+        from_zero: Let 0 be dark, not the smallest value, so that a map that
+            is the same everywhere is yellow.
 
     Returns:
         RGB bytes, (H, W, 3).
@@ -229,7 +234,8 @@ def attention_over(
     from matplotlib import colormaps
 
     heat = feature.detach().float().cpu().abs().mean(0)
-    heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
+    least = heat.new_zeros(()) if from_zero else heat.min()
+    heat = (heat - least) / (heat.max() - least).clamp(min=1e-12)
     heat = F.interpolate(
         heat[None, None],
         image.shape[:2],

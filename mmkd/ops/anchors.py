@@ -73,4 +73,6 @@ def _threshold(
         nearest = far.topk(min(topk, len(far)), dim=0, largest=False).indices
         found.append(overlap.gather(0, nearest))
     chosen = torch.cat(found)
+    if not chosen.numel():  # std() would warn
+        return chosen.mean(0)
     return chosen.mean(0) + chosen.std(0)

@@ -1,3 +1,4 @@
+import heads
 import numpy as np
 import pytest
 import runs
@@ -33,8 +34,9 @@ def test_a_picture_a_row_and_a_panel_for_each_that_looks(config, tmp_path):
     out = tmp_path / 'focus.png'
     assert focus.main([str(config), '--count', '2', '--out', str(out)]) == 0
     width, height = Image.open(out).size
-    # picture, foreground, background, student, big; two rows
-    assert width == pytest.approx(5 * 330, rel=0.06)
+    # picture, foreground, background, attention and richness of both, and
+    # the positives; two rows
+    assert width == pytest.approx(8 * 330, rel=0.06)
     assert height == pytest.approx(2 * 330, rel=0.15)
 
 
@@ -69,6 +71,68 @@ def test_attention_is_the_teachers_own(config):
     one, other = panels['attention of student'], panels['attention of big']
     assert not np.array_equal(one[0], other[0])
     assert all(one.shape == (128, 128, 3) for one in panels['picture'])
+
+
+def test_what_a_head_cannot_give_is_said(config, tmp_path, capsys):
+    out = tmp_path / 'focus.png'
+    assert focus.main([str(config), '--count', '1', '--out', str(out)]) == 0
+    said = capsys.readouterr().out
+    assert 'Not drawn, valuable region: ValuableWeight reads' in said
+
+
+def test_a_step_s_weights_are_those_that_its_loss_is_given(tmp_path):
+    """Richness, positives and the valuable region, and a term's own."""
+    teacher = heads.gfl(base=16)
+    file = str(tiny.save_teacher(teacher, tmp_path / 'gfl.pth'))
+    term = dict(
+        type='mmkd.FeatureTerm',
+        teacher='big',
+        tap='bbox_head',
+        output=1,
+        loss=dict(type='mmkd.LDLoss'),
+        weight=dict(type='mmkd.DisagreementWeight'),
+    )
+    model = tiny.build(
+        tiny.distilled(
+            heads.gfl(),
+            dict(big=dict(config=dict(model=teacher), checkpoint=file)),
+            dict(ld=term),
+        )
+    )
+    model.init_weights()
+    images, samples = tiny.batch(shapes=((128, 128),) * 2)
+    found = focus._weights(model, images, samples, 0)
+    assert list(found) == [
+        'richness of big',
+        'richness of student',
+        'positives',
+        'valuable region',
+        'ld: DisagreementWeight',
+    ]
+    assert {tuple(one.shape) for one in found.values()} == {(2, 1, 16, 16)}
+    with torch.no_grad():
+        own, other = (
+            one.bbox_head(one.extract_feat(images))[0][0].sigmoid()
+            for one in (model, model.teachers['big'].detector.eval())
+        )
+    for name, expected in {
+        'richness of big': other.amax(1, keepdim=True),
+        'richness of student': own.amax(1, keepdim=True),
+        'ld: DisagreementWeight': (own - other).abs().amax(1, keepdim=True),
+    }.items():
+        torch.testing.assert_close(found[name], expected)
+    positives, region = found['positives'], found['valuable region']
+    assert set(positives.unique().tolist()) <= {0.0, 1.0}
+    assert region.any()
+    assert not (positives * region).any()
+    assert model.observer is None
+
+
+def test_a_weight_of_one_everywhere_is_bright():
+    image = np.zeros((8, 8, 3), np.uint8)
+    ones = torch.ones(1, 2, 2)
+    assert focus.attention_over(image, ones, from_zero=True).min() > 50
+    assert focus.attention_over(image, ones).max() < 10
 
 
 @pytest.mark.parametrize(

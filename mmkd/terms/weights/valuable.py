@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from mmdet.models.dense_heads.anchor_head import AnchorHead
+from torch import Tensor, nn
 
 from mmkd.checks import check_fraction, check_positive
 from mmkd.ops.anchors import valuable_region
 from mmkd.registry import MODELS
 from mmkd.structures import Step
-from mmkd.taps import maps_of
+from mmkd.taps import maps_of, resolve
+from mmkd.terms.term import Term
 from mmkd.terms.weights.positive import PositiveWeight, by_level, spread
+
+if TYPE_CHECKING:
+    from mmkd.teachers import Teacher
 
 
 @MODELS.register_module()
@@ -27,7 +33,8 @@ class ValuableWeight(PositiveWeight):
         ratio: The lower end of the region, relative to the upper.
 
     Raises:
-        ValueError: If the head assigns no labels to anchors.
+        ValueError: If the head assigns no labels to anchors, or its targets
+            do not hold them.
 
     Reference:
         As :func:`~mmkd.ops.anchors.valuable_region`.
@@ -41,12 +48,24 @@ class ValuableWeight(PositiveWeight):
         check_fraction('ValuableWeight', ratio=ratio)
         self.topk, self.ratio = topk, ratio
 
+    def bind(self, term: Term, student: nn.Module, teacher: Teacher) -> None:
+        super().bind(term, student, teacher)
+        head, _ = resolve(student, self.tap)
+        generator = getattr(head, 'prior_generator', None)
+        inherited = type(head).get_targets is AnchorHead.get_targets
+        # Points are given as four numbers, too: place and stride.
+        if inherited or not hasattr(generator, 'base_anchors'):
+            raise self._without(head)
+
     @torch.no_grad()
     def forward(self, step: Step) -> Sequence[Tensor]:
         targets = step.student.at(self.targets)
         who = f'The tap {self.tap!r}'
         scores = maps_of(step.student.at(self.tap), who, 0)
-        anchors = [one[0] for one in by_level(targets, integers=False)]
+        boxes = by_level(targets, integers=False)
+        if any(one.dim() != 3 or one.shape[-1] != 4 for one in boxes):
+            raise self._without(getattr(step.student.detector, self.tap))
+        anchors = [one[0] for one in boxes]
         found = valuable_region(anchors, step.gt, self.topk, self.ratio)
         return [
             (positive == 0) * spread(one, score)
@@ -54,3 +73,11 @@ class ValuableWeight(PositiveWeight):
                 super().forward(step), found, scores
             )
         ]
+
+    def _without(self, head: nn.Module) -> ValueError:
+        return ValueError(
+            f"ValuableWeight reads anchors among the targets of the student's "
+            f'{self.tap}, where ATSS, GFL, VFNet and TOOD have them; '
+            f'{type(head).__name__} has none. Use '
+            f"weight=dict(type='mmkd.PositiveWeight')."
+        )

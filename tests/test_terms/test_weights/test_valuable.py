@@ -57,6 +57,16 @@ def test_settings_reach_the_region(gt):
     torch.testing.assert_close(found, region.reshape(2, 1, 4, 4))
 
 
+def test_targets_of_another_shape_are_no_anchors(gt):
+    one = step(gt, torch.full((2, 16), 3))
+    labels = one.student.at('bbox_head.get_targets')[1]
+    others = {'bbox_head': one.student.at('bbox_head')}
+    others['bbox_head.get_targets'] = ([torch.ones(2, 16)], labels)
+    one.student.at = others.get
+    with pytest.raises(ValueError, match='SimpleNamespace has none'):
+        ValuableWeight()(one)
+
+
 @pytest.mark.parametrize('settings', [dict(topk=0), dict(ratio=1.5)])
 def test_settings_out_of_range(settings):
     with pytest.raises(ValueError, match='ValuableWeight needs'):

@@ -1,9 +1,10 @@
 """Weights in a term: what the loss is given, and what is refused."""
 
+import families
 import pytest
 import tiny
 import torch
-from heads import gfl
+from heads import fcos, gfl, retinanet
 
 from mmkd.losses.ld import edge_divergence
 from mmkd.losses.weighted_mse import weighted_mse_loss
@@ -189,6 +190,22 @@ def test_a_head_that_assigns_nothing_is_refused(teachers):
         tiny.build(model)
     model['terms']['ld']['weight']['tap'] = 'neck'
     with pytest.raises(ValueError, match=r"Term 'ld'.*PositiveWeight reads"):
+        tiny.build(model)
+
+
+@pytest.mark.parametrize('head', [retinanet, fcos, families.rtmdet])
+def test_targets_without_anchors_are_refused_while_the_model_is_built(
+    teachers, head
+):
+    """Label weights, boxes, or points with their strides: numbers, too."""
+    term = dict(
+        type='mmkd.FeatureTerm',
+        teacher='big',
+        loss=dict(type='mmkd.WeightedMSELoss'),
+        weight=dict(type='mmkd.ValuableWeight'),
+    )
+    model = tiny.distilled(head(), teachers, dict(x=term))
+    with pytest.raises(ValueError, match=r"Term 'x'.*Head has none"):
         tiny.build(model)
 
 
