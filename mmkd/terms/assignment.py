@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from mmdet.models.dense_heads import (
+    AutoAssignHead,
+    CenterNetHead,
     CenterNetUpdateHead,
+    CornerHead,
     DDODHead,
+    DETRHead,
+    FoveaHead,
+    FreeAnchorRetinaHead,
+    PAAHead,
     RepPointsHead,
+    YOLOFHead,
     YOLOV3Head,
 )
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
 from mmkd.structures import Step
-from mmkd.terms.weights.positive import by_level
 
-#: Heads whose get_targets is not called, or gives no labels.
-WITHOUT_LABELS = (CenterNetUpdateHead, DDODHead, RepPointsHead, YOLOV3Head)
+#: Heads whose get_targets is not called, or gives no labels, or these image by
+#: image or in one tensor.
+WITHOUT_LABELS = (
+    AutoAssignHead,
+    CenterNetHead,
+    CenterNetUpdateHead,
+    CornerHead,
+    DDODHead,
+    DETRHead,
+    FoveaHead,
+    FreeAnchorRetinaHead,
+    PAAHead,
+    RepPointsHead,
+    YOLOFHead,
+    YOLOV3Head,
+)
 
 
 def check_assigns(who: str, head: nn.Module, instead: str) -> None:
@@ -32,8 +57,8 @@ def check_assigns(who: str, head: nn.Module, instead: str) -> None:
     if hasattr(head, 'get_targets') and not isinstance(head, WITHOUT_LABELS):
         return
     raise ValueError(
-        f"{who} counts the positives of the student's {type(head).__name__}, "
-        f'whose get_targets gives no labels level by level. {instead}'
+        f"{who} reads the labels that the student's {type(head).__name__} "
+        f'assigns, whose get_targets gives none level by level. {instead}'
     )
 
 
@@ -48,6 +73,35 @@ def assigned_labels(step: Step, head: str) -> list[Tensor]:
         ValueError: If the head assigns no labels level by level.
     """
     return by_level(step.student.at(f'{head}.get_targets'), integers=True)
+
+
+def by_level(targets: Sequence[Any], integers: bool) -> Sequence[Tensor]:
+    """Of what a head's ``get_targets`` returned, the labels or the anchors.
+
+    Heads return lists of tensors, one a level, in different orders; labels are
+    the first whole numbers, anchors the first others.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    for one in targets:
+        if (
+            isinstance(one, (list, tuple))
+            and one
+            and all(isinstance(level, Tensor) for level in one)
+            and _is_one(one[0], integers)
+        ):
+            return one
+    raise ValueError(
+        f'The head assigns no {"labels" if integers else "anchors"} level by '
+        f'level. Choose what does not read them, such as mmkd.ScoreWeight.'
+    )
+
+
+def _is_one(value: Tensor, integers: bool) -> bool:
+    if integers:  # masks are no labels
+        return not value.is_floating_point() and value.dtype != torch.bool
+    return value.is_floating_point()
 
 
 def count_positives(labels: list[Tensor], num_classes: int) -> Tensor:

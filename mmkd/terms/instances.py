@@ -32,6 +32,7 @@ from mmkd.ops.scores import bernoulli_divergence
 from mmkd.registry import MODELS
 from mmkd.structures import Outputs, Step
 from mmkd.taps import crop, maps_of, resolve
+from mmkd.terms.assignment import by_level
 from mmkd.terms.decoding import (
     anchors_of,
     check_decodable,
@@ -39,7 +40,7 @@ from mmkd.terms.decoding import (
     giou_error,
 )
 from mmkd.terms.term import Term
-from mmkd.terms.weights.positive import by_level, spread
+from mmkd.terms.weights.positive import spread
 from mmkd.terms.weights.quality import overlap
 from mmkd.terms.weights.score import refuse_softmax
 

@@ -38,7 +38,17 @@ def test_positives_are_the_labels_of_classes():
     assert count_positives([torch.tensor([3, -1])], 3) == 1
 
 
-@pytest.mark.parametrize('name', ['DDODHead', 'RepPointsHead', 'YOLOV3Head'])
+def test_masks_are_no_labels():
+    """AutoAssign's say which anchors lie inside of boxes."""
+    inside = [torch.tensor([[True, False]])]
+    with pytest.raises(ValueError, match='assigns no labels'):
+        assigned_labels(step((inside, [torch.zeros(1, 2)])), 'rpn_head')
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['AutoAssignHead', 'DDODHead', 'LADHead', 'RepPointsHead', 'YOLOV3Head'],
+)
 def test_heads_whose_labels_cannot_be_read_are_refused(name):
     kind = MODELS.get(name)
     head = kind.__new__(kind)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from mmkd.registry import MODELS
 from mmkd.structures import Step
-from mmkd.taps import maps_of
+from mmkd.taps import maps_of, resolve
+from mmkd.terms.assignment import by_level, check_assigns
 from mmkd.terms.term import Term
-from mmkd.terms.weights.positive import by_level, check_assigning, spread
+from mmkd.terms.weights.positive import INSTEAD, spread
 from mmkd.terms.weights.weight import Weight
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class DecidedWeight(Weight):
 
     def bind(self, term: Term, student: nn.Module, teacher: Teacher) -> None:
         self.teacher = teacher.name
-        check_assigning('DecidedWeight', student, self.tap)
+        head, _ = resolve(student, self.tap)
+        check_assigns('DecidedWeight', head, INSTEAD)
         term.tap(student, self.tap)
         term.tap(student, f'{self.tap}.get_targets')
 

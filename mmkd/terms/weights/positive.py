@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,15 @@ from mmkd.ops.numeric import as_float
 from mmkd.registry import MODELS
 from mmkd.structures import Step
 from mmkd.taps import maps_of, resolve
+from mmkd.terms.assignment import assigned_labels, check_assigns
 from mmkd.terms.term import Term
 from mmkd.terms.weights.weight import Weight
 
 if TYPE_CHECKING:
     from mmkd.teachers import Teacher
+
+#: What to type for a head that assigns no labels.
+INSTEAD = "Use weight=dict(type='mmkd.ScoreWeight')."
 
 
 @MODELS.register_module()
@@ -53,7 +57,8 @@ class PositiveWeight(Weight):
 
     def bind(self, term: Term, student: nn.Module, teacher: Teacher) -> None:
         self.teacher = teacher.name
-        check_assigning(type(self).__name__, student, self.tap)
+        head, _ = resolve(student, self.tap)
+        check_assigns(type(self).__name__, head, INSTEAD)
         term.tap(student, self.tap)
         term.tap(student, self.targets)
 
@@ -62,7 +67,7 @@ class PositiveWeight(Weight):
         classes = getattr(step.student.detector, self.tap).num_classes
         who = f'The tap {self.tap!r}'
         scores = maps_of(step.student.at(self.tap), who, 0)
-        labels = by_level(step.student.at(self.targets), integers=True)
+        labels = assigned_labels(step, self.tap)
         weights = []
         for score, label in zip(scores, labels):
             cells = spread(label, score)
@@ -71,50 +76,6 @@ class PositiveWeight(Weight):
                 weight = weight * best(score, weight.shape[1])
             weights.append(weight)
         return weights
-
-
-def check_assigning(who: str, student: nn.Module, tap: str) -> None:
-    """A student's head must assign labels by ``get_targets``.
-
-    Args:
-        who: Name of the weight, for messages.
-        student: The student.
-        tap: Path of its dense head.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    head, _ = resolve(student, tap)
-    if not hasattr(head, 'get_targets'):
-        raise ValueError(
-            f'{who} reads the labels that the student assigns, but {tap} of '
-            f'{type(student).__name__} is {type(head).__name__}, which '
-            f'assigns none by get_targets. Use '
-            f"weight=dict(type='mmkd.ScoreWeight')."
-        )
-
-
-def by_level(targets: Sequence[Any], integers: bool) -> Sequence[Tensor]:
-    """Of what a head's ``get_targets`` returned, the labels or the anchors.
-
-    Heads return lists of tensors, one a level, in different orders; labels are
-    the first whole numbers, anchors the first others.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    for one in targets:
-        if (
-            isinstance(one, (list, tuple))
-            and one
-            and all(isinstance(level, Tensor) for level in one)
-            and (not one[0].is_floating_point()) == integers
-        ):
-            return one
-    raise ValueError(
-        f'The head assigns no {"labels" if integers else "anchors"} level by '
-        f"level. Use weight=dict(type='mmkd.ScoreWeight')."
-    )
 
 
 def spread(values: Tensor, feature: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from mmdet.models.dense_heads.anchor_head import AnchorHead
+from mmdet.models.dense_heads import ATSSHead, GFLHead, TOODHead
 from torch import Tensor, nn
 
 from mmkd.checks import check_fraction, check_positive
@@ -14,11 +14,19 @@ from mmkd.ops.anchors import valuable_region
 from mmkd.registry import MODELS
 from mmkd.structures import Step
 from mmkd.taps import maps_of, resolve
+from mmkd.terms.assignment import by_level
 from mmkd.terms.term import Term
-from mmkd.terms.weights.positive import PositiveWeight, by_level, spread
+from mmkd.terms.weights.positive import PositiveWeight, spread
 
 if TYPE_CHECKING:
     from mmkd.teachers import Teacher
+
+#: Methods of mmdet's heads whose targets hold the anchors.
+ANCHORED = (
+    ATSSHead.get_targets,
+    GFLHead.get_targets,
+    TOODHead.get_targets,
+)
 
 
 @MODELS.register_module()
@@ -51,10 +59,9 @@ class ValuableWeight(PositiveWeight):
     def bind(self, term: Term, student: nn.Module, teacher: Teacher) -> None:
         super().bind(term, student, teacher)
         head, _ = resolve(student, self.tap)
-        generator = getattr(head, 'prior_generator', None)
-        inherited = type(head).get_targets is AnchorHead.get_targets
-        # Points are given as four numbers, too: place and stride.
-        if inherited or not hasattr(generator, 'base_anchors'):
+        given = type(head).get_targets
+        # RTMDet's points are four numbers, too, and look like anchors.
+        if given.__module__.startswith('mmdet.') and given not in ANCHORED:
             raise self._without(head)
 
     @torch.no_grad()
@@ -77,7 +84,7 @@ class ValuableWeight(PositiveWeight):
     def _without(self, head: nn.Module) -> ValueError:
         return ValueError(
             f"ValuableWeight reads anchors among the targets of the student's "
-            f'{self.tap}, where ATSS, GFL, VFNet and TOOD have them; '
+            f'{self.tap}, where ATSS, GFL and TOOD have them; '
             f'{type(head).__name__} has none. Use '
             f"weight=dict(type='mmkd.PositiveWeight')."
         )

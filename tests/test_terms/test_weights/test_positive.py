@@ -6,7 +6,6 @@ import torch
 from mmkd.terms.weights.positive import (
     PositiveWeight,
     best,
-    by_level,
     spread,
 )
 
@@ -84,8 +83,3 @@ def test_spread_keeps_rows():
     values = torch.arange(6)[None]
     maps = spread(values, torch.zeros(1, 1, 2, 3))
     assert maps[0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
-
-
-def test_targets_without_labels_are_refused():
-    with pytest.raises(ValueError, match='assigns no labels'):
-        by_level((ANCHORS, 5), integers=True)
