@@ -4,7 +4,9 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import runs
@@ -19,6 +21,7 @@ from mmkd.compat.checkpoint import read_checkpoint
 from mmkd.engine.interrupt import Interrupted
 from mmkd.engine.resume import KEY
 from mmkd.engine.trainer import start_without_gpu
+from mmkd.structures.ground_truth import labelled
 
 data, quick_starts = runs.data, runs.quick_starts
 
@@ -244,6 +247,70 @@ def test_ranks_stay_alike_without_boxes_and_with_an_uneven_batch(
     assert [one['seen'] for one in ends] == [[2, 2, 1]] * RANKS
     assert [one['skipped'] for one in ends] == [[0, 1, 0]] * RANKS
     assert all(one.isfinite().all() for one in ends[0]['state'].values())
+    learnt = [
+        {key: one for key, one in end['state'].items() if _is_learnt(key)}
+        for end in ends
+    ]
+    assert any(key.startswith('terms.pkd.align') for key in learnt[0])
+    assert runs.differences(*learnt) == []
+
+
+@HOOKS.register_module()
+class Watch(Hook):
+    """Keeps what a rank was shown, and the weights that it ended with."""
+
+    def before_train(self, runner):
+        self.seen = []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.seen += [
+            (labelled(one), one.img_path) for one in data_batch['data_samples']
+        ]
+
+    def after_train(self, runner):
+        state = runner.model.module.state_dict()
+        path = os.path.join(runner.work_dir, f'end{get_rank()}.pth')
+        torch.save(dict(seen=self.seen, state=state), path)
+
+
+@forks
+def test_ranks_share_photographs_without_labels(tmp_path, teachers, terms):
+    folder = tmp_path / 'data'
+    runs.write_coco(folder, images=10)
+    terms['pkd']['align'] = dict(
+        type='mmkd.ConvAdapt', in_channels=16, out_channels=16
+    )
+    model = tiny.distilled(tiny.retinanet(), teachers, terms)
+    cfg = runs.config(folder, tmp_path / 'run', epochs=4, model=model)
+    loader = cfg.train_dataloader
+    loader.dataset.indices = 4
+    loader.dataset = dict(
+        type='mmkd.PartlyLabelledDataset',
+        dataset=loader.dataset,
+        unlabelled=str(folder),
+    )
+    loader.batch_sampler = dict(type='mmkd.PartlyLabelledBatchSampler')
+    cfg.custom_hooks = [dict(type='Watch')]
+    train(cfg)
+    ends = [
+        torch.load(tmp_path / 'run' / f'end{rank}.pth')
+        for rank in range(RANKS)
+    ]
+    for end in ends:  # four epochs of one batch of two
+        assert [known for known, _ in end['seen']] == [True, False] * 4
+    shown = Counter(one for end in ends for one in end['seen'])
+    labels, photographs = (
+        {
+            Path(path).stem: count
+            for (known, path), count in shown.items()
+            if known == kind
+        }
+        for kind in (True, False)
+    )
+    # None twice as long as another was not shown.
+    assert labels == {f'00{number}': 2 for number in range(4)}
+    assert sorted(photographs) == [f'00{number}' for number in range(4, 10)]
+    assert sorted(photographs.values()) == [1, 1, 1, 1, 2, 2]
     learnt = [
         {key: one for key, one in end['state'].items() if _is_learnt(key)}
         for end in ends
