@@ -31,7 +31,7 @@ from mmkd.classes import by_name, with_classes
 from mmkd.compat.checkpoint import check_file, classes_of, read_checkpoint
 from mmkd.configs import read_config, student_config
 from mmkd.datasets.check import named_classes
-from mmkd.datasets.photographs import with_photographs
+from mmkd.datasets.photographs import mixed, tested, with_photographs
 from mmkd.distillers.distiller import CHECK_SIZES, example_sample
 from mmkd.distillers.unlabelled import partly_labelled
 from mmkd.randomness import preserved
@@ -122,7 +122,7 @@ class Plan:
         found = with_photographs(
             dict(plain.train_dataloader, dataset=named),
             self.unlabelled,
-            [Typed(f'_base_.{key}.dataset') for key in _tested(plain)],
+            [Typed(f'_base_.{key}.dataset') for key in tested(plain)],
         )
         # Only what is there can be deleted.
         for key in found:
@@ -138,16 +138,6 @@ class Typed(str):
 
     def __repr__(self) -> str:
         return str(self)
-
-
-def _tested(config: Config) -> list[str]:
-    """The loaders of a config that validate or test, each set once."""
-    found = []
-    for key in ('val_dataloader', 'test_dataloader'):
-        dataset = (config.get(key) or {}).get('dataset')
-        if dataset and dataset not in [config[one].dataset for one in found]:
-            found.append(key)
-    return found
 
 
 def written(value: Any, indent: str = '', used: int = 8) -> str:
@@ -237,7 +227,7 @@ def plan(
             f'config beside --teacher, or train this one without.'
         )
     if unlabelled is not None:
-        student = _mixed(student, unlabelled)
+        student = mixed(student, unlabelled)
     teacher_config = read_config(teacher, 'The teacher')
     checkpoint = str(checkpoint or published_weights(teacher))
     for who, config in (('student', student), ('teacher', teacher_config)):
@@ -349,15 +339,6 @@ def published_weights(config: str | Path) -> str:
 
 def _source(config: str | Path | Config) -> str:
     return str(config.filename if isinstance(config, Config) else config)
-
-
-def _mixed(student: Config, folder: str | Path) -> Config:
-    config = student.copy()
-    tested = [config[key].dataset for key in _tested(config)]
-    loader = config.train_dataloader
-    for key, value in with_photographs(loader, folder, tested).items():
-        loader[key] = value  # update() would merge it into what it holds
-    return config
 
 
 def _check_photographs(model: nn.Module, method: str) -> None:

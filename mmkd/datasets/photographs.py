@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 from mmcv.transforms import BaseTransform, Compose
 from mmdet.datasets import BaseDetDataset
+from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.logging import print_log
 from torch.utils.data import ConcatDataset, Sampler
@@ -110,18 +111,49 @@ def with_photographs(
     )
 
 
-def check_loader(loader: Mapping) -> None:
-    """Whether half of a training loader's batches can lack labels.
+def mixed(config: Config, folder: str | Path) -> Config:
+    """A copy of a training config that shows photographs, too.
 
     Args:
-        loader: A config's ``train_dataloader``.
+        config: A whole training config.
+        folder: Where the photographs lie.
+
+    Raises:
+        FileNotFoundError: As :func:`with_photographs`.
+        ValueError: As :func:`with_photographs`.
+    """
+    config = copy.deepcopy(config)
+    loader = config.train_dataloader
+    sets = [config[key].dataset for key in tested(config)]
+    for key, value in with_photographs(loader, folder, sets).items():
+        loader[key] = value  # update() would merge it into what it holds
+    return config
+
+
+def tested(config: Mapping) -> list[str]:
+    """The loaders of a config that validate or test, each set once."""
+    found = []
+    for key in ('val_dataloader', 'test_dataloader'):
+        dataset = (config.get(key) or {}).get('dataset')
+        if dataset and dataset not in [config[one].dataset for one in found]:
+            found.append(key)
+    return found
+
+
+def check_loader(loader: Mapping) -> None:
+    """Whether a part of a training loader's batches can lack labels.
+
+    Args:
+        loader: A config's ``train_dataloader``, with this batch sampler or
+            without.
 
     Raises:
         ValueError: If a batch holds a single image, or the loader's sampler
             chooses images by itself.
     """
     size = loader.get('batch_size', 1)
-    _check_half(size, size // 2)
+    others = (loader.get('batch_sampler') or {}).get('unlabelled')
+    _check_half(size, size // 2 if others is None else others)
     kind = (loader.get('sampler') or dict(type=DefaultSampler))['type']
     named = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else None
     _check_sampler(named or kind)

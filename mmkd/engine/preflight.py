@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
+from mmkd.arguments import check_arguments
 from mmkd.checks import check_name
 from mmkd.classes import head_classes
 from mmkd.compat.checkpoint import check_file, hash_in_name, sha256_of
@@ -22,6 +23,7 @@ from mmkd.datasets.check import (
     check_annotation_file,
     check_dataset,
 )
+from mmkd.datasets.photographs import check_loader
 from mmkd.engine.findings import Finding
 from mmkd.pixels import KEPT
 from mmkd.registry import REGISTRIES
@@ -60,6 +62,7 @@ def check_training(config: Config, data: bool = True) -> Report:
     _check_keys(config, _TRAINING, 'train')
     check_types(config.to_dict())
     check_phases(config)
+    check_batches(config.train_dataloader)
     check_kept(config.train_dataloader, 'train_dataloader')
     if config.get('load_from'):
         _check_weights(config.load_from, 'load_from')
@@ -110,20 +113,31 @@ def _check_keys(config: Config, keys: Sequence[str], verb: str) -> None:
 
 
 def check_types(config: Any, where: str = '') -> None:
-    """What is called mmkd's must be there, wherever it stands.
+    """What is called mmkd's must be there, and take what it is given.
+
+    Those inside of the model say so themselves when it is built, with the
+    term that they stand in.
 
     Args:
         config: Any part of a config.
         where: Its place, for the message.
 
     Raises:
-        ValueError: If there is no such component; the message suggests the
-            nearest.
+        ValueError: If there is no such component, or it has no such setting;
+            the message suggests the nearest.
     """
     if isinstance(config, Mapping):
         kind = config.get('type')
         if isinstance(kind, str) and kind.startswith('mmkd.'):
-            check_name(where, 'type', kind, _components())
+            known = _components()
+            check_name(where, 'type', kind, known)
+            if where.split('.')[0] != 'model':
+                given = {
+                    name: value
+                    for name, value in config.items()
+                    if name not in ('type', '_scope_')
+                }
+                check_arguments(f'{where} of type {kind}', known[kind], given)
         for key, value in config.items():
             check_types(value, f'{where}.{key}' if where else key)
     elif isinstance(config, (list, tuple)):
@@ -131,11 +145,13 @@ def check_types(config: Any, where: str = '') -> None:
             check_types(value, f'{where}[{number}]')
 
 
-def _components() -> list[str]:
-    found = []
+def _components() -> dict[str, type]:
+    found = {}
     for registry in REGISTRIES:
         registry.import_from_location()
-        found += [f'mmkd.{name}' for name in registry.module_dict]
+        found |= {
+            f'mmkd.{name}': kind for name, kind in registry.module_dict.items()
+        }
     return found
 
 
@@ -177,6 +193,18 @@ def check_phases(config: Config) -> None:
             f'find_unused_parameters=True: what rests has no gradient to '
             f'wait for. Type: --cfg-options find_unused_parameters=True'
         )
+
+
+def check_batches(loader: Mapping) -> None:
+    """Whether batches of labelled and other images can be made.
+
+    Raises:
+        ValueError: If a batch has no room for both, or the loader's sampler
+            chooses images by itself.
+    """
+    own = loader.get('batch_sampler') or {}
+    if own.get('type') == 'mmkd.PartlyLabelledBatchSampler':
+        check_loader(loader)
 
 
 def check_kept(config: Any, where: str) -> None:

@@ -18,7 +18,7 @@ from mmkd.configs import (
     read_config,
     student_config,
 )
-from mmkd.datasets.photographs import check_loader, with_photographs
+from mmkd.datasets.photographs import check_loader, mixed
 from mmkd.laboratory.runs import iterations
 from mmkd.recipes import INHERIT, RECIPES, Pair, inherits, recipe
 
@@ -161,16 +161,9 @@ def unlabelled(arm: Arm, folder: str | None = None) -> Arm:
             chooses images by itself.
     """
     settings = copy.deepcopy(arm.settings)
-    loader = settings.train_dataloader
-    check_loader(loader)
+    check_loader(settings.train_dataloader)
     if folder is not None:
-        tested = [
-            settings[key].dataset
-            for key in ('val_dataloader', 'test_dataloader')
-            if settings.get(key)
-        ]
-        for key, value in with_photographs(loader, folder, tested).items():
-            loader[key] = value
+        settings = mixed(settings, folder)
     return replace(
         arm,
         name=f'{arm.name}{UNLABELLED}',

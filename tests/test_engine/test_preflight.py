@@ -59,6 +59,59 @@ def test_a_component_of_mmkd_that_there_is_not_is_told_with_its_place(cfg):
         check_training(cfg)
 
 
+@pytest.mark.parametrize(
+    ('place', 'kind', 'settings', 'message'),
+    [
+        (
+            'custom_hooks',
+            'FiniteLossHook',
+            dict(polcy='skip'),
+            r"custom_hooks\[0\].* has no setting 'polcy'.*'policy'\?",
+        ),
+        (
+            'custom_hooks',
+            'DiagnosticsHook',
+            dict(interval='often'),
+            r"custom_hooks\[0\].* takes interval as .*got interval='often'",
+        ),
+        (
+            'batch_sampler',
+            'PartlyLabelledBatchSampler',
+            dict(unlabeled=1),
+            r"batch_sampler.* no setting 'unlabeled'.*'unlabelled'\?",
+        ),
+        (
+            'batch_sampler',
+            'PartlyLabelledBatchSampler',
+            dict(unlabelled=2),
+            'got 2 unlabelled of 2. Set',
+        ),
+    ],
+)
+def test_settings_outside_of_the_model_are_held_against_what_they_set(
+    cfg, place, kind, settings, message
+):
+    """Before the model is built, which can take minutes."""
+    wrong = dict(type=f'mmkd.{kind}', **settings)
+    if place == 'custom_hooks':
+        cfg.custom_hooks = [wrong]
+    else:
+        cfg.train_dataloader[place] = wrong
+    with pytest.raises(ValueError, match=message):
+        check_training(cfg)
+
+
+def test_a_sampler_that_chooses_images_cannot_be_mixed(cfg):
+    loader = cfg.train_dataloader
+    loader.sampler.type = 'ClassAwareSampler'
+    check_training(cfg)
+    loader.batch_sampler = dict(type='mmkd.PartlyLabelledBatchSampler')
+    with pytest.raises(ValueError, match='config has a ClassAwareSampler'):
+        check_training(cfg)
+    loader.sampler.type = 'DefaultSampler'
+    check_training(cfg)
+
+
 def test_names_of_the_parts_of_a_config_are_their_own():
     own = (
         'train_pipeline',
