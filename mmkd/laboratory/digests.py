@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmkd.build import find
 from mmkd.datasets.photographs import photographs
 from mmkd.laboratory.runs import PACKAGE
-from mmkd.registry import DATASETS, MODELS, SCHEDULES
+from mmkd.registry import REGISTRIES
 
 #: What every training runs through, and what a distilled one does besides.
 TRAINING = ('engine.trainer', 'engine.attributes', 'compat.ops')
@@ -143,7 +143,7 @@ def _file_of(kind: Any) -> Path | None:
     if isinstance(kind, str):
         if not kind.startswith('mmkd.'):
             return None
-        for registry in (MODELS, SCHEDULES, DATASETS):
+        for registry in REGISTRIES:
             with suppress(ValueError, KeyError):
                 kind = find(dict(type=kind), 'digest', registry)
                 break

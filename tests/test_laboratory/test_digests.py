@@ -105,6 +105,26 @@ def test_plain_training_does_not_depend_on_terms(edited):
     )
 
 
+@pytest.mark.parametrize(
+    ('place', 'kind', 'file'),
+    [
+        ('custom_hooks', 'DiagnosticsHook', 'engine/diagnostics.py'),
+        (
+            'batch_sampler',
+            'PartlyLabelledBatchSampler',
+            'datasets/photographs.py',
+        ),
+        ('pipeline', 'DropLabels', 'datasets/photographs.py'),
+        ('dataset', 'HypothesisDataset', 'datasets/hypotheses.py'),
+    ],
+)
+def test_components_of_every_kind_count(place, kind, file):
+    """Samplers, hooks and transforms as well as losses and data sets."""
+    plain = Config(dict(model=tiny.retinanet()))
+    config = Config(dict(plain, **{place: [dict(type=f'mmkd.{kind}')]}))
+    assert file in set(digests.sources(config)) - set(digests.sources(plain))
+
+
 def test_the_seed_is_not_part_of_a_configs_digest():
     one, other = (
         Config(dict(model=dict(type='FCOS'), randomness=dict(seed=seed)))
