@@ -219,6 +219,8 @@ class Run:
             return self.iterations, 0.0
         trained = self.log()
         at = max((line['iter'] for line in trained), default=0)
+        if self.stale:  # it begins anew, likely as fast as it was
+            at = 0
         times = sorted(line['time'] for line in trained[-8:])
         pace = times[len(times) // 2] if times else self.guess
         return at, (self.iterations - at) * pace

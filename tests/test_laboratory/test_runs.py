@@ -47,6 +47,14 @@ def test_before_the_first_log_the_guess_tells_the_time(run):
     assert run.position() == (0, 0.5 * run.iterations)
 
 
+def test_a_stale_run_begins_anew_at_its_old_pace(run):
+    write_log(run, dict(iter=run.iterations, loss=1.0, time=0.25))
+    (run.folder / 'fingerprint').write_text(run.fingerprint())
+    assert run.position() == (run.iterations, 0.0)
+    (run.folder / 'fingerprint').write_text('other settings')
+    assert run.position() == (0, 0.25 * run.iterations)
+
+
 def test_what_is_started_trusts_the_same_files(run, tmp_path, monkeypatch):
     legacy = tmp_path / 'old.pth'
     torch.save(dict(weight=torch.ones(1)), legacy)
@@ -65,6 +73,7 @@ def test_position_follows_the_log_and_its_unfinished_line(run):
         dict(iter=10, step=10, loss=2.0, time=0.25),
         dict(iter=20, step=20, loss=1.0, time=0.25),
     )
+    (run.folder / 'fingerprint').write_text(run.fingerprint())
     assert run.position() == (20, 0.25 * (run.iterations - 20))
 
 
