@@ -306,3 +306,19 @@ def test_photographs_without_labels_close_most_of_the_gap():
         f'time to the teacher (95 % interval {gap["low"]:.0%} to '
         f'{gap["high"]:.0%})'
     ) in text
+
+
+def test_and_less_of_it_where_the_recipe_was_not_chosen():
+    text = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
+    found = []
+    for setting in ('trees_unlabelled', 'shapes_unlabelled'):
+        name = 'default_predicted_unlabelled'
+        gap = page._against(published(setting), name)['time']['gap_closed']
+        assert gap['n'] == 6
+        found.append(
+            f'{gap["mean"]:.0%} ({gap["low"]:.0%} to {gap["high"]:.0%})'
+        )
+    assert (
+        f'{found[0]} on tree crowns with 24 labels, {found[1]} on generated '
+        f'shapes with 300'
+    ) in text
