@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from mmkd.structures import Step
 
-#: Heads whose get_targets is not called, or gives no labels, or these image by
-#: image or in one tensor.
+#: Heads whose get_targets is not called, or gives no labels, or all in one.
 WITHOUT_LABELS = (
     AutoAssignHead,
     CenterNetHead,
@@ -36,25 +35,30 @@ WITHOUT_LABELS = (
     DETRHead,
     FoveaHead,
     FreeAnchorRetinaHead,
-    PAAHead,
     RepPointsHead,
     YOLOFHead,
     YOLOV3Head,
 )
+#: Heads that give them image by image: they can be counted.
+BY_IMAGE = (PAAHead,)
 
 
-def check_assigns(who: str, head: nn.Module, instead: str) -> None:
+def check_assigns(
+    who: str, head: nn.Module, instead: str, places: bool = False
+) -> None:
     """A student's head must assign labels by ``get_targets``.
 
     Args:
         who: Name of the term, for messages.
         head: The head.
         instead: What to type, for messages.
+        places: Whether it matters which anchors they are of.
 
     Raises:
         ValueError: If it does not.
     """
-    if hasattr(head, 'get_targets') and not isinstance(head, WITHOUT_LABELS):
+    refused = WITHOUT_LABELS + (BY_IMAGE if places else ())
+    if hasattr(head, 'get_targets') and not isinstance(head, refused):
         return
     raise ValueError(
         f"{who} reads the labels that the student's {type(head).__name__} "

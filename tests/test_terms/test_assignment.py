@@ -47,7 +47,7 @@ def test_masks_are_no_labels():
 
 @pytest.mark.parametrize(
     'name',
-    ['AutoAssignHead', 'DDODHead', 'LADHead', 'RepPointsHead', 'YOLOV3Head'],
+    ['AutoAssignHead', 'DDODHead', 'RepPointsHead', 'YOLOV3Head'],
 )
 def test_heads_whose_labels_cannot_be_read_are_refused(name):
     kind = MODELS.get(name)
@@ -55,6 +55,15 @@ def test_heads_whose_labels_cannot_be_read_are_refused(name):
     torch.nn.Module.__init__(head)
     with pytest.raises(ValueError, match=f"BoxTerm.*student's {name}.*Do so"):
         check_assigns('BoxTerm', head, 'Do so.')
+
+
+def test_labels_image_by_image_can_be_counted_and_not_placed():
+    kind = MODELS.get('LADHead')
+    head = kind.__new__(kind)
+    torch.nn.Module.__init__(head)
+    check_assigns('BoxTerm', head, '')
+    with pytest.raises(ValueError, match='LADHead assigns'):
+        check_assigns('PositiveWeight', head, '', places=True)
 
 
 def test_a_head_must_have_targets():

@@ -49,7 +49,7 @@ class DecidedWeight(Weight):
     def bind(self, term: Term, student: nn.Module, teacher: Teacher) -> None:
         self.teacher = teacher.name
         head, _ = resolve(student, self.tap)
-        check_assigns('DecidedWeight', head, INSTEAD)
+        check_assigns('DecidedWeight', head, INSTEAD, places=True)
         term.tap(student, self.tap)
         term.tap(student, f'{self.tap}.get_targets')
 

@@ -58,7 +58,7 @@ class PositiveWeight(Weight):
     def bind(self, term: Term, student: nn.Module, teacher: Teacher) -> None:
         self.teacher = teacher.name
         head, _ = resolve(student, self.tap)
-        check_assigns(type(self).__name__, head, INSTEAD)
+        check_assigns(type(self).__name__, head, INSTEAD, places=True)
         term.tap(student, self.tap)
         term.tap(student, self.targets)
 
