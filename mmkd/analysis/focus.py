@@ -25,6 +25,7 @@ from mmkd.compat.checkpoint import (
     trusting,
 )
 from mmkd.configs import read_config
+from mmkd.datasets.photographs import PartlyLabelledDataset
 from mmkd.ops.attention import spatial_attention
 from mmkd.ops.masks import background_mask, foreground_mask
 from mmkd.randomness import preserved
@@ -90,6 +91,8 @@ def show(options: argparse.Namespace) -> Path:
             state = state_dict_of(read_checkpoint(options.checkpoint))
             model.load_state_dict(state, strict=False)
         dataset = DATASETS.build(config.train_dataloader.dataset)
+        if isinstance(dataset, PartlyLabelledDataset):
+            dataset = dataset.datasets[0]  # nothing is positive in the others
         chosen = spaced(len(dataset), options.count)
         batch = pseudo_collate([dataset[index] for index in chosen])
         panels = focus(model, batch, options.tap, options.level)

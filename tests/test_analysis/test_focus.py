@@ -40,6 +40,19 @@ def test_a_picture_a_row_and_a_panel_for_each_that_looks(config, tmp_path):
     assert height == pytest.approx(2 * 330, rel=0.15)
 
 
+def test_photographs_without_labels_are_not_drawn(data, config, tmp_path):
+    """Nothing is positive on them."""
+    cfg = focus.read_config(config)
+    few = dict(cfg.train_dataloader.dataset, indices=2)
+    cfg.train_dataloader.dataset = dict(
+        type='mmkd.PartlyLabelledDataset', dataset=few, unlabelled=str(data)
+    )
+    config.write_text(cfg.pretty_text)
+    out = tmp_path / 'focus.png'
+    assert focus.main([str(config), '--count', '4', '--out', str(out)]) == 0
+    assert Image.open(out).height == pytest.approx(2 * 330, rel=0.15)
+
+
 def test_the_foreground_glows_where_the_boxes_are(data, config):
     cfg = focus.read_config(config)
     focus.init_default_scope('mmdet')
