@@ -727,11 +727,13 @@ class Comparison:
             with redirect_stdout(None), quiet():
                 chosen = {arm.name: arm.settings for arm in (first, *missing)}
                 times = step_times(chosen)
-                new = {
-                    name: new_images(one, iterations(one))
-                    for name, one in chosen.items()
-                    if fresh(name) in times
-                }
+                new = _new_images(
+                    {
+                        name: one
+                        for name, one in chosen.items()
+                        if fresh(name) in times
+                    }
+                )
             for name, ratio in ratios(times, first.name, new).items():
                 known[name] = dict(
                     key=keys[name],
@@ -769,6 +771,19 @@ class Comparison:
             if one['against'] == 'alone'
         }
         return max(gains, key=gains.get) if gains else None
+
+
+def _new_images(arms: Mapping[str, Config]) -> dict[str, float]:
+    """Each arm's share, counted once where arms see the same images."""
+    counted: dict[tuple[str, int], float] = {}
+    found = {}
+    for name, settings in arms.items():
+        steps = iterations(settings)
+        key = str(settings.train_dataloader), steps
+        if key not in counted:
+            counted[key] = new_images(settings, steps)
+        found[name] = counted[key]
+    return found
 
 
 def cost(settings: Config) -> dict[str, float]:

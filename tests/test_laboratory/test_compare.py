@@ -277,13 +277,16 @@ def test_a_cached_step_counts_with_its_share_of_new_images(
             'alone': [1.0],
             'pkd': [1.2],
             'pkd, new images': [2.0],
+            'at': [1.0],
+            'at, new images': [2.0],
         },
     )
     monkeypatch.setattr(compare, 'new_images', count)
-    comparison.setting.methods = ['pkd']
+    comparison.setting.methods = ['pkd', 'at']
     trials = comparison._trials()
-    assert shown == [2]
-    assert trials.arms[2].step_ratio == 1.4
+    assert shown == [2]  # both see the same images
+    ratios = {arm.name: arm.step_ratio for arm in trials.arms}
+    assert (ratios['pkd'], ratios['at']) == (1.4, 1.25)
 
 
 def test_another_teacher_makes_distilled_results_stale(comparison, tmp_path):
