@@ -987,12 +987,18 @@ def _count(number: int) -> str:
 
 
 def method_table(rows: list[Row]) -> str:
-    """The README's table: the same rows, fewer columns."""
+    """The README's table: the same rows by family, fewer columns."""
     lines = [
         '| method | the idea | source | type | configs |',
         '|' + '---|' * 5,
     ]
-    for row in rows:
+    families = list(FAMILIES)
+    before = None
+    for row in sorted(rows, key=lambda row: families.index(row.family)):
+        if row.family != before:
+            before = row.family
+            about = FAMILIES[before][0]
+            lines.append(f'| **{before}** | *{about}* | | | |')
         link = f'[{row.folder}](configs/{row.folder})' if row.folder else ''
         cells = (
             f'[{row.title}](docs/method_cards.md#{anchor(row.method.title)})',

@@ -234,6 +234,17 @@ def test_readme_and_table_have_every_folder(folder):
         ), f'{page} has no {folder}. Type: make docs'
 
 
+def test_the_readme_lists_methods_below_their_family():
+    family, listed = None, []
+    for line in (ROOT / 'README.md').read_text('utf-8').splitlines():
+        if found := re.match(r'\| \*\*(.+?)\*\* \|', line):
+            family = found[1]
+        elif found := re.search(r'\[([\w-]+)\]\(configs/\1\) \|$', line):
+            assert docs.family_of(found[1]) == family
+            listed.append(found[1])
+    assert sorted(listed) == FOLDERS
+
+
 @pytest.mark.parametrize('folder', FOLDERS)
 def test_metafile_lists_every_config_of_its_folder(folder):
     path = ROOT / 'configs' / folder / 'metafile.yml'
