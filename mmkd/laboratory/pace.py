@@ -111,7 +111,7 @@ def ratios(
     return found
 
 
-def new_images(settings: Config, steps: int, most: int = 2000) -> float:
+def new_images(settings: Config, steps: int, most: int = 6000) -> float:
     """Share of a training's images that are unlike every one before.
 
     Its images are loaded and augmented as they will be, in their order, until
