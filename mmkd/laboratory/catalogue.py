@@ -25,7 +25,7 @@ from mmkd.build import find
 from mmkd.checks import check_name
 from mmkd.configs import read_config
 from mmkd.datasets.shapes import TINY, prepare_shapes
-from mmkd.laboratory.compare import sole_user
+from mmkd.laboratory.compare import check_seeds, sole_user
 from mmkd.laboratory.digests import code_digest, data_digest, file_digest
 from mmkd.laboratory.preparation import preparations
 from mmkd.laboratory.results import versions
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = {path.stem: path for path in tiny_configs()}
         for name in options.configs:
             check_name('test_all.py', 'tiny config', name, paths)
+        check_seeds('test_all.py', options.seeds)
         with sole_user(options.work_dir):
             asked = options.configs or list(paths)
             trials = [

@@ -24,7 +24,7 @@ from mmengine.registry import init_default_scope
 
 from mmkd.analysis.cost import gflops, parameters, quiet
 from mmkd.analysis.report import diff, write_report
-from mmkd.checks import check_name, suggest
+from mmkd.checks import check_name, check_once, suggest
 from mmkd.compat.checkpoint import add_trust_option, trusting
 from mmkd.configs import read_config, student_config
 from mmkd.files import whole
@@ -62,7 +62,7 @@ from mmkd.laboratory.runs import DONE, Run, carry_out, iterations
 from mmkd.laboratory.shuffled import save_shuffled
 from mmkd.laboratory.verify import made_by, records, verify
 from mmkd.reading import read_json
-from mmkd.recipes import DEFAULT, RECIPES, Pair, look
+from mmkd.recipes import DEFAULT, RECIPES, look
 
 ARMS = ('alone', 'time', 'distilled', 'sham')
 #: Arms that are trained only where they are asked for.
@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             print(diff(one, other))
             return 0
+        _check_options(options)
         setting = _setting(options)
         words = _repeatable(arguments or sys.argv[1:])
         command = shlex.join(['python', 'tools/compare.py', *words])
@@ -250,6 +251,16 @@ def _repeatable(words: Sequence[str]) -> list[str]:
     return kept
 
 
+def _check_options(options: argparse.Namespace) -> None:
+    for name in ('jobs', 'budget', 'timeout', 'verify'):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(
+                f'compare.py needs --{name} above 0, got {value}. Leave it '
+                f'out if you do not need it.'
+            )
+
+
 def _setting(options: argparse.Namespace) -> ConfigDict:
     if options.config is None:
         raise ValueError(
@@ -272,6 +283,13 @@ def _setting(options: argparse.Namespace) -> ConfigDict:
             f'{options.config} names no teacher. Add --teacher CONFIG, and '
             f'--teacher-checkpoint FILE if it is trained.'
         )
+    check_seeds('compare.py', setting.seeds)
+    for name in ('cache', 'share', 'draws'):
+        if not setting[name] >= 0:
+            raise ValueError(
+                f'compare.py needs {name} of 0 or more, got {name}='
+                f'{setting[name]}. 0 leaves it out.'
+            )
     for arm in setting.arms:
         check_name('compare.py', 'arm', arm, (*ARMS, *OPTIONAL))
     if setting.unlabelled is not None and 'unlabelled' not in setting.arms:
@@ -289,6 +307,27 @@ def _setting(options: argparse.Namespace) -> ConfigDict:
     _check_names(setting.methods)
     setting.title = setting.title or _name(options).replace('/', ', ')
     return setting
+
+
+def check_seeds(who: str, seeds: Any) -> None:
+    """Seeds are numbers of which none stands there twice: a training that
+    counts twice makes an interval narrower than it is.
+
+    Args:
+        who: Who complains.
+        seeds: What was given.
+
+    Raises:
+        ValueError: If they are anything else.
+    """
+    numbers = isinstance(seeds, Sequence) and len(seeds) > 0
+    if not numbers or any(type(one) is not int or one < 0 for one in seeds):
+        raise ValueError(
+            f'{who} takes seeds as a list of whole numbers from 0, got '
+            f'seeds={seeds!r}. Write for instance seeds=(0, 1, 2), or --seeds '
+            f'0 1 2.'
+        )
+    check_once(who, 'seeds', seeds)
 
 
 def _check_names(methods: Sequence[str]) -> None:
@@ -372,11 +411,15 @@ class Comparison:
         )
         self.facts = data_facts(self.student)
         self.teacher = self._teacher_run()
+        if setting.labels is not None:
+            build.subset(0, setting.labels, self.facts['train_images'])
 
     def run(self) -> None:
         """Train and test whatever is not done."""
         train = not (self.options.report_only or self.options.verify)
         if train:
+            if not self.teacher.done:
+                self._taught()  # what does not fit is said before
             carry_out([self.teacher], self.options.jobs)
         if self.options.verify and self.teacher.stale:
             self._verify_teacher()
@@ -589,9 +632,7 @@ class Comparison:
         )
 
     def _trials(self) -> Trials:
-        with redirect_stdout(None), quiet():
-            pair = look(self.student, self.teacher.settings)
-        arms = self._arms(pair)
+        arms = self._arms()
         runs = {}
         weights = file_digest(self.teacher.final)
         for arm in arms:
@@ -625,21 +666,29 @@ class Comparison:
             arm, seed, self.setting.labels, self.facts['train_images']
         )
 
-    def _arms(self, pair: Pair) -> list[Arm]:
-        wanted, setting = self.setting.arms, self.setting
+    def _taught(self) -> tuple[list[Arm], list[Arm]]:
+        """Arms of each method, and those with images without labels."""
+        setting = self.setting
         teacher = dict(
             config=str(self.teacher.config),
             checkpoint=str(self.teacher.final),
             cache=setting.cache,
         )
+        with redirect_stdout(None), quiet():
+            pair = look(self.student, self.teacher.settings)
+            taught = [
+                build.distilled(
+                    self.student, teacher, pair, method, setting.share or None
+                )
+                for method in setting.methods
+            ]
+        wanted = 'unlabelled' in setting.arms
+        return taught, self._unlabelled(taught) if wanted else []
+
+    def _arms(self) -> list[Arm]:
+        wanted = self.setting.arms
         first = build.alone(self.student)
-        taught = [
-            build.distilled(
-                self.student, teacher, pair, method, setting.share or None
-            )
-            for method in setting.methods
-        ]
-        more = [] if 'unlabelled' not in wanted else self._unlabelled(taught)
+        taught, more = self._taught()
         times = self._times([first, *taught, *more])
         taught, more = (
             [

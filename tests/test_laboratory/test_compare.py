@@ -82,6 +82,22 @@ def test_a_students_config_is_a_setting_of_its_own(config):
             ['STUDENT', '--teacher', 't.py', '--methods', 'pkd', 'pkd'],
             "calls the method pkd 'pkd', and the method pkd as well",
         ),
+        (
+            ['STUDENT', '--teacher', 't.py', '--seeds', '0', '1', '0'],
+            'got 0 twice in seeds=(0, 1, 0)',
+        ),
+        (
+            ['STUDENT', '--teacher', 't.py', '--seeds', '-1'],
+            'whole numbers from 0, got seeds=[-1]',
+        ),
+        (
+            ['STUDENT', '--teacher', 't.py', '--share', '-0.5'],
+            'got share=-0.5. 0 leaves it out',
+        ),
+        (
+            ['STUDENT', '--teacher', 't.py', '--timeout', '0'],
+            'needs --timeout above 0, got 0.0',
+        ),
         (['nowhere.py'], 'has no config file'),
     ],
 )
@@ -108,6 +124,16 @@ def test_two_of_one_name_would_share_a_folder(
     said = capsys.readouterr().err
     assert f'calls the method {path} {path.stem!r}, and {other}' in said
     assert 'rename the file' in said
+
+
+@pytest.mark.parametrize('seeds', ['6', '()', "'012'", '(0.5,)', '(True,)'])
+def test_seeds_of_a_setting_are_a_list(tmp_path, capsys, seeds):
+    path = tmp_path / 'quick.py'
+    path.write_text(
+        f"laboratory = dict(student='s.py', teacher='t.py', seeds={seeds})\n"
+    )
+    assert compare.main([str(path)]) == 1
+    assert 'Write for instance seeds=(0, 1, 2)' in capsys.readouterr().err
 
 
 def test_a_misspelt_key_of_a_setting_gets_the_nearest(tmp_path, capsys):
@@ -158,6 +184,30 @@ def comparison(config, tmp_path, monkeypatch):
         compare._setting(options), tmp_path / 'out', options, 'command'
     )
     return one
+
+
+def test_what_does_not_fit_is_said_before_the_teacher_is_trained(
+    comparison, monkeypatch
+):
+    def fail(*given, **named):
+        raise AssertionError('trained')
+
+    monkeypatch.setattr(compare, 'carry_out', fail)
+    assert not comparison.teacher.done
+    with pytest.raises(AssertionError, match='trained'):
+        comparison.run()
+    comparison.setting.methods = ['kd_detr']
+    with pytest.raises(
+        ValueError, match='kd_detr compares decoders of queries'
+    ):
+        comparison.run()
+
+
+def test_more_labels_than_images_are_refused_at_once(comparison):
+    setting = comparison.setting
+    setting.labels = 1000
+    with pytest.raises(ValueError, match=r'labels=1000 .* Ask for 1 to'):
+        compare.Comparison(setting, comparison.folder, comparison.options, '')
 
 
 def test_methods_of_like_cost_share_a_control(comparison):
