@@ -66,14 +66,15 @@ def same_time(student: Config, ratio: float, methods: Sequence[str]) -> Arm:
 
     Args:
         student: The student's config.
-        ratio: Time of a distilled step relative to one alone.
+        ratio: Time of a distilled step relative to one alone. The settings
+            of 1 are the student's own, so that it need not be trained twice.
         methods: The methods that take this long.
     """
     return Arm(
         f'alone_x{ratio:.2f}',
         f'student alone, {ratio:.2f} times the steps',
         'time',
-        stretch(student, ratio),
+        student if ratio == 1 else stretch(student, ratio),
         method=','.join(methods),
         step_ratio=1.0,
     )

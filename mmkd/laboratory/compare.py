@@ -438,6 +438,7 @@ class Comparison:
             for seed in self.setting.seeds  # so that what there is, is paired
             for arm in self.trials.arms
         ]
+        runs = list({run.folder: run for run in runs}.values())
         if not train:
             for run in runs:
                 run.status = DONE if run.done else 'missing'
@@ -636,7 +637,11 @@ class Comparison:
         runs = {}
         weights = file_digest(self.teacher.final)
         for arm in arms:
+            same = next(one for one in arms if one.settings is arm.settings)
             for seed in self.setting.seeds:
+                if same is not arm:  # trained once
+                    runs[arm.name, seed] = runs[same.name, seed]
+                    continue
                 settings = self._seeded(arm, seed)
                 name = f'{arm.name}_seed{seed}'
                 file = self._write(name, settings)
@@ -749,7 +754,6 @@ class Comparison:
         return [
             build.same_time(self.student, ratio, methods)
             for ratio, methods in sorted(groups.items())
-            if ratio > 1
         ]
 
     def _times(self, arms: Sequence[Arm]) -> dict[str, float]:

@@ -228,6 +228,34 @@ def test_methods_of_like_cost_share_a_control(comparison):
     assert arms[3].step_ratio == 1.21
 
 
+def test_a_method_that_costs_nothing_is_compared_with_the_student_as_it_is(
+    comparison, monkeypatch
+):
+    comparison.setting.methods = ['at', 'pkd']
+    monkeypatch.setattr(
+        compare,
+        'step_times',
+        lambda arms: {name: [1 + 0.2 * (name == 'pkd')] for name in arms},
+    )
+    trials = comparison._trials()
+    names = ['alone', 'alone_x1.00', 'alone_x1.20', 'at', 'pkd']
+    assert [arm.name for arm in trials.arms][:5] == names
+    assert trials.arms[1].method == 'at'
+    for seed in (0, 1):
+        assert trials.runs['alone_x1.00', seed] is trials.runs['alone', seed]
+    started = []
+    monkeypatch.setattr(
+        compare, 'carry_out', lambda runs, *how, **more: started.extend(runs)
+    )
+    monkeypatch.setattr(compare.Run, 'done', True)
+    comparison.run()
+    folders = [run.folder for run in started]
+    assert len(set(folders)) == len(folders) == 1 + 2 * 6
+    comparison.setting.arms = ['time', 'distilled']
+    trials = comparison._trials()
+    assert trials.runs['alone_x1.00', 0].folder.parent.name == 'alone_x1.00'
+
+
 def test_every_run_has_a_config_of_its_own_that_builds(comparison):
     trials = comparison._trials()
     run = trials.runs['pkd_sham', 1]
@@ -259,6 +287,7 @@ def test_images_without_labels_are_an_arm_where_it_is_asked_for(comparison):
     trials = comparison._trials()
     assert [arm.name for arm in trials.arms] == [
         'alone',
+        'alone_x1.00',  # of pkd_unlabelled, which is not timed here
         'alone_x1.30',
         'pkd',
         'pkd_unlabelled',
@@ -273,7 +302,8 @@ def test_images_without_labels_are_an_arm_where_it_is_asked_for(comparison):
     comparison.setting.arms = ['alone', 'time', 'unlabelled', 'sham']
     trials = comparison._trials()
     assert [arm.name for arm in trials.arms] == [
-        'alone',  # and none as long as 'pkd' takes, which is not trained
+        'alone',
+        'alone_x1.00',  # and none as long as 'pkd' takes, which is not trained
         'pkd_unlabelled',
         'pkd_unlabelled_sham',
     ]
