@@ -98,113 +98,37 @@ KINDS = (
 #: What a section is called on a card.
 TITLES = {'Not kept': 'Not kept of what losses promise'}
 
-#: What the methods of a family compare; each is a folder of configs, or the
-#: title of a method that has none of its own.
+#: What the methods of a family compare. The first card of a folder of configs
+#: says which it is.
 FAMILIES = {
-    'feature': (
-        'maps of backbone or neck as a whole',
-        *('alp', 'at', 'cwd', 'foundation', 'freekd', 'fsp', 'lgd', 'lsh'),
-        *('makd', 'mimic', 'pkd', 'residual-kd', 'reviewkd', 'semckd'),
-        *('simkd', 'ssim', 'uhkd', 'unikd'),
-    ),
-    'focal region': (
-        'maps where objects are, or where the teacher looks',
-        *('defeat', 'fbkd', 'fgd', 'fgfi', 'frs', 'maskd', 'pgd'),
-        *('score-l2', 'FGD, focal part'),
-    ),
-    'generation': (
-        "the teacher's map, made from a part of the student's",
-        *('amd', 'dmkd', 'mgd'),
-    ),
-    'relational': (
-        'how places or objects resemble each other',
-        *('affinity', 'cckd', 'dlkd', 'mlkd-bert', 'rkd', 'sp'),
-        *('FGD, global part',),
-    ),
-    'response': (
-        'class scores, boxes, masks: what the heads say',
-        *('bckd', 'cmkd', 'crosskd', 'dist', 'dkd', 'head', 'ld', 'mask-kd'),
-        *('mhkd', 'nkd', 'one', 'predicted', 'rpn-kd', 'soft-target'),
-        'stored',
-    ),
-    'instance': (
-        'single objects: where the two differ most, or one query each',
-        *('gid', 'icd'),
-    ),
+    'feature': 'maps of backbone or neck as a whole',
+    'focal region': 'maps where objects are, or where the teacher looks',
+    'generation': "the teacher's map, made from a part of the student's",
+    'relational': 'how places or objects resemble each other',
+    'response': 'class scores, boxes, masks: what the heads say',
+    'instance': 'single objects: where the two differ most, or one query each',
     'query': (
-        'detectors of queries: what decoders say, ask, and where they look',
-        *('clock', 'd3etr', 'detrdistill', 'go-lsd', 'kd-detr', 'MemoryTerm'),
-        *('CLoCKDistill, memory part',),
+        'detectors of queries: what decoders say, ask, and where they look'
     ),
     'procedure': (
-        'what other methods compare: new is what is trained when, or on what',
-        *('backward-pass', 'bss', 'ig', 'mhd', 'p2p', 'sskd'),
+        'what other methods compare: new is what is trained when, or on what'
     ),
     'group': (
-        'nothing itself; it weighs other terms, or chooses their teachers',
-        *('hpm-kd', 'mmkd-meta', 'mtpd', 'multi-teacher', 'self-teaching'),
-        *('BalancedTerm',),
+        'nothing itself; it weighs other terms, or chooses their teachers'
     ),
 }
 
-#: The component whose docstring tells the method of a folder of configs that
-#: no loss is named like.
-TOLD_BY = {
-    'backward-pass': 'BackwardPassTerm',
-    'bss': 'BoundaryTerm',
-    'clock': 'CLoCKTerm',
-    'crosskd': 'CrossHeadTerm',
-    'd3etr': 'D3ETRTerm',
-    'detrdistill': 'DETRDistillTerm',
-    'foundation': 'FoundationTerm',
-    'frs': 'ScoreWeight',
-    'gid': 'InstanceTerm',
-    'go-lsd': 'LayerSelfTeachingTerm',
-    'head': 'AssistantTerm',
-    'hpm-kd': 'TeacherAttentionTerm',
-    'icd': 'InstanceConditionalTerm',
-    'ig': 'IGOverlay',
-    'kd-detr': 'SharedQueryTerm',
-    'lgd': 'LabelGuidedTerm',
-    'makd': 'MultiAspectTerm',
-    'mask-kd': 'MaskTerm',
-    'mhd': 'HypothesisDataset',
-    'mhkd': 'MultiHeadTerm',
-    'mlkd-bert': 'MLKDBertLayersTerm',
-    'mmkd-meta': 'MetaTeachersTerm',
-    'mtpd': 'MGDLoss',
-    'multi-teacher': 'PKDLoss',
-    'one': 'OneTerm',
-    'p2p': 'PeersTerm',
-    'predicted': 'PredictedBoxTerm',
-    'residual-kd': 'ResidualTerm',
-    'rpn-kd': 'SoftTargetLoss',
-    'score-l2': 'WeightedMSELoss',
-    'self-teaching': 'SelfTerm',
-    'simkd': 'SimKDTerm',
-    'sskd': 'MimicLoss',
-    'stored': 'StoredPredictionTerm',
-    'unikd': 'UnifiedTerm',
-}
-
-#: What is done in a folder whose method is how it uses another's loss. Its
-#: paper stands under ``Read`` on the first card, in the form of docstrings.
-IDEAS = {
-    'mtpd': 'Several teachers in turn, the nearer one first.',
-    'multi-teacher': 'Several teachers at once, each a term of its own.',
-    'sskd': 'Stage by stage imitates, then the head learns from labels.',
+#: Families of methods by title that have no folder of configs.
+PARTS = {
+    'BalancedTerm': 'group',
+    'CLoCKDistill, memory part': 'query',
+    'FGD, focal part': 'focal region',
+    'FGD, global part': 'relational',
+    'MemoryTerm': 'query',
 }
 
 #: Terms whose layers are known only beside the student and the teacher.
 LATE = {'AssistantTerm', 'OneTerm'}
-
-#: Where a method is from whose docstring names another source.
-SOURCES = {
-    'score-l2': (
-        'Ultralytics',
-        'https://docs.ultralytics.com/guides/knowledge-distillation',
-    ),
-}
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
@@ -525,6 +449,29 @@ class Card:
         return float(found[1]) if found else self.alone
 
     @property
+    def family(self) -> str:
+        """A key of :data:`FAMILIES`."""
+        return self._told[1]
+
+    @property
+    def told_by(self) -> str | None:
+        """The component whose docstring tells the method; None if it is the
+        loss that is named like the folder."""
+        return self._told[2]
+
+    @property
+    def _told(self) -> re.Match:
+        found = _FAMILY.fullmatch(self._field('Family'))
+        if found is None or found[1] not in FAMILIES:
+            raise ValueError(
+                f'{self.path}: its card has the family '
+                f'{self.fields["Family"]!r}. Write "Family: NAME." or, where '
+                f'no loss is named like the folder, "Family: NAME, by '
+                f'COMPONENT.", with one of {", ".join(FAMILIES)}.'
+            )
+        return found
+
+    @property
     def epochs(self) -> int:
         return int(re.match(r'\d+(?= epochs)', self._field('Schedule'))[0])
 
@@ -534,6 +481,7 @@ class Card:
         return self.fields[name]
 
 
+_FAMILY = re.compile(r'([a-z ]+)(?:, by (\w+))?\.')
 _SUMMARY = re.compile(
     r'[^:]+: (.+) \((\d+\.\d) AP alone\) learns from (.+?)'
     r'(?: \((\d+\.\d(?:, \d+\.\d)*) AP\))?\.'
@@ -732,14 +680,19 @@ class Row:
 
     @property
     def about(self) -> str:
-        return IDEAS.get(self.folder) or self.method.about
+        return self._said('Idea') or self.method.about
+
+    def _said(self, name: str) -> str | None:
+        """A field of its first card that few have."""
+        return self.configs[0].fields.get(name) if self.configs else None
 
     @property
     def paper(self) -> tuple[str, str]:
         """As :meth:`Method.paper`."""
-        if self.folder in SOURCES:
-            return SOURCES[self.folder]
-        if self.folder not in IDEAS:
+        if source := self._said('Source'):
+            name, _, address = source.rpartition(', ')
+            return name, address
+        if not self._said('Idea'):
             return self.method.paper()
         if not (found := self.citation):
             return '', ''
@@ -755,9 +708,9 @@ class Row:
     @property
     def citation(self) -> dict[str, str]:
         """As :meth:`Method.citation`; empty if there is none to cite."""
-        if self.folder in SOURCES:
+        if self._said('Source'):
             return {}
-        if self.folder in IDEAS:
+        if self._said('Idea'):  # of a method that uses another's loss
             return _cited(self.configs[0].fields['Read'])
         return self.method.citation()
 
@@ -784,8 +737,8 @@ def read_rows(
         folders.setdefault(one.folder, []).append(one)
     found = []
     for folder, cards in folders.items():
-        method = _told_by(folder, methods)
         cards.sort(key=lambda card: (card.variant != folder, card.path))
+        method = _teller(cards[0], methods)
         layers, parameters = own_layers(root / cards[0].path)
         tiny = sorted(
             (root / 'configs' / folder / 'tiny').glob('*.py'),
@@ -795,7 +748,7 @@ def read_rows(
             Row(
                 title=cards[0].title.partition(':')[0],
                 method=method,
-                family=family_of(folder),
+                family=cards[0].family,
                 types=_types_of(cards, methods, method),
                 folder=folder,
                 configs=cards,
@@ -814,7 +767,7 @@ def parts_of(methods: list[Method], configs: list[Card]) -> list[Row]:
         Row(
             title=one.title,
             method=one,
-            family=family_of(one.title),
+            family=_family_of_part(one.title),
             types=[kind.__name__ for kind in one.classes],
         )
         for one in methods
@@ -822,40 +775,32 @@ def parts_of(methods: list[Method], configs: list[Card]) -> list[Row]:
     ]
 
 
-def family_of(name: str) -> str:
-    """The family of a folder of configs, or of a method without one.
-
-    Example:
-        >>> family_of('mgd')
-        'generation'
-
-    Raises:
-        ValueError: If it has none.
-    """
-    for family, (_, *names) in FAMILIES.items():
-        if name in names:
-            return family
-    raise ValueError(
-        f'{name!r} belongs to no family of methods. Add it to one of '
-        f'FAMILIES in tools/make_docs.py: {", ".join(FAMILIES)}.'
-    )
+def _family_of_part(title: str) -> str:
+    if title not in PARTS:
+        raise ValueError(
+            f'{title} is a method that no card of configs/ names. Give it a '
+            f'config, or its family in PARTS of tools/make_docs.py: '
+            f'{", ".join(FAMILIES)}.'
+        )
+    return PARTS[title]
 
 
-def _told_by(folder: str, methods: list[Method]) -> Method:
-    name = TOLD_BY.get(folder)
+def _teller(card: Card, methods: list[Method]) -> Method:
+    """The method whose docstring tells what a folder of configs does."""
+    named = card.told_by
     for method in methods:
-        module = method.module.__name__
-        if name in [one.__name__ for one in method.classes]:
+        if named in [one.__name__ for one in method.classes]:
             return method
-        if module == f'mmkd.losses.{folder.replace("-", "_")}':
+        module = f'mmkd.losses.{card.folder.replace("-", "_")}'
+        if named is None and method.module.__name__ == module:
             return method
     known = [one.__name__ for method in methods for one in method.classes]
-    if name is not None:
-        check_name('TOLD_BY in tools/make_docs.py', 'component', name, known)
+    if named is not None:
+        check_name(card.path, 'component', named, known)
     raise ValueError(
-        f'configs/{folder} is named like no loss. Say in TOLD_BY of '
-        f"tools/make_docs.py whose docstring tells the method: '{folder}': "
-        f"'…Term'."
+        f'configs/{card.folder} is named like no loss. Say in {card.path} '
+        f'whose docstring tells the method: "Family: {card.family}, by '
+        f'…Term."'
     )
 
 
@@ -919,7 +864,7 @@ def _published(card: Card, link: str, folder: str) -> str:
 def methods_page(rows: list[Row]) -> str:
     """The text of ``docs/methods.md``."""
     families = '\n'.join(
-        f'- *{name}*: {about[0]}' for name, about in FAMILIES.items()
+        f'- *{name}*: {about}' for name, about in FAMILIES.items()
     )
     table = [
         '| method | family | paper | detectors | convolutions | parameters '
@@ -997,8 +942,7 @@ def method_table(rows: list[Row]) -> str:
     for row in sorted(rows, key=lambda row: families.index(row.family)):
         if row.family != before:
             before = row.family
-            about = FAMILIES[before][0]
-            lines.append(f'| **{before}** | *{about}* | | | |')
+            lines.append(f'| **{before}** | *{FAMILIES[before]}* | | | |')
         link = f'[{row.folder}](configs/{row.folder})' if row.folder else ''
         cells = (
             f'[{row.title}](docs/method_cards.md#{anchor(row.method.title)})',

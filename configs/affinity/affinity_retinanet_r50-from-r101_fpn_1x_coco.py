@@ -3,6 +3,7 @@ r"""Affinity: RetinaNet R-50 (36.5 AP alone) learns from R-101 (38.9 AP).
 python tools/train.py \
     configs/affinity/affinity_retinanet_r50-from-r101_fpn_1x_coco.py
 
+Family: relational.
 Published: no result for this pair that we know of; the paper has object
     detection among its tasks.
 Trained by us: no.

@@ -3,6 +3,7 @@ r"""ALP: shallow Deformable DETR R18 (40.0 AP alone) learns from R50 (44.3 AP).
 python tools/train.py \
     configs/alp/alp_deformable-detr_r18-shallow-from-r50_50e_coco.py
 
+Family: feature.
 Published: none on detection; the paper's results are for
     classifiers of text.
 Trained by us: no.

@@ -2,6 +2,7 @@
 
 python tools/train.py configs/amd/amd_retinanet_r50-from-r101_fpn_1x_coco.py
 
+Family: generation.
 Published: no result for this pair that we know of; from X-101-64x4d the
     abstract has 41.3 AP.
 Trained by us: no.

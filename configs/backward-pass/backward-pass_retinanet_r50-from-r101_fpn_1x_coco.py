@@ -3,6 +3,7 @@
 python tools/train.py \
     configs/backward-pass/backward-pass_retinanet_r50-from-r101_fpn_1x_coco.py
 
+Family: procedure, by BackwardPassTerm.
 Published: no result for a detector that we know of; the method is one for
     classifiers and language models.
 Trained by us: no.

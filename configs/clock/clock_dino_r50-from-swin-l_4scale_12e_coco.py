@@ -3,6 +3,7 @@
 python tools/train.py \
     configs/clock/clock_dino_r50-from-swin-l_4scale_12e_coco.py
 
+Family: query, by CLoCKTerm.
 Published: for other pairs. 2.2 to 6.4 AP more over DAB-DETR, Deformable DETR
     and DINO, on KITTI and COCO.
 Trained by us: no.

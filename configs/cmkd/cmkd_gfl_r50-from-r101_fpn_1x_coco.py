@@ -2,6 +2,7 @@
 
 python tools/train.py configs/cmkd/cmkd_gfl_r50-from-r101_fpn_1x_coco.py
 
+Family: response.
 Published: none on detection.
 Trained by us: no.
 Read: the paper's abstract and a summary (arXiv:2410.06561); there is no code.

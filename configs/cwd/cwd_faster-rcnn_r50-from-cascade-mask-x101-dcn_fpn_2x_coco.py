@@ -3,6 +3,7 @@ r"""CWD: Faster R-50 (38.4 AP alone) learns from Cascade X-101-DCN (47.3 AP).
 python tools/train.py \
     configs/cwd/cwd_faster-rcnn_r50-from-cascade-mask-x101-dcn_fpn_2x_coco.py
 
+Family: feature.
 Published: 41.7 AP in a table of the MGD paper, known second-hand; its settings
     are unknown to us.
 Trained by us: no.

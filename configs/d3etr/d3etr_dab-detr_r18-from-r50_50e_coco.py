@@ -2,6 +2,7 @@
 
 python tools/train.py configs/d3etr/d3etr_dab-detr_r18-from-r50_50e_coco.py
 
+Family: query, by D3ETRTerm.
 Published: none of this pair is known to us; Conditional DETR R-50-C5 gains
     2.4 AP in 50 epochs and 7.8 in 12, from R-101-C5.
 Trained by us: no.

@@ -3,6 +3,7 @@ r"""DeFeat: Faster R-CNN R-50 (37.4 AP alone) learns from R-101 (39.8 AP).
 python tools/train.py \
     configs/defeat/defeat_faster-rcnn_r50-from-r101_fpn_1x_coco.py
 
+Family: focal region.
 Published: 40.9 AP, the paper's abstract, which does not name the teacher.
 Trained by us: no.
 Read: the authors' config for Faster R-CNN on VOC

@@ -3,6 +3,7 @@ r"""DETRDistill: Deformable DETR R18 (40.0 AP alone) learns from R50 (44.3 AP).
 python tools/train.py \
     configs/detrdistill/detrdistill_deformable-detr_r18-from-r50_50e_coco.py
 
+Family: query, by DETRDistillTerm.
 Published: 43.3 AP from R-101 (44.8 AP), R-18 alone 40.0, by the authors'
     README; the zoo has no weights of R-101, and none of R-18.
 Trained by us: no.

@@ -2,6 +2,7 @@
 
 python tools/train.py configs/dist/dist_retinanet_r50-from-r101_fpn_1x_coco.py
 
+Family: response.
 Published: none for this pair; RetinaNet R-50 from X-101-64x4d, 2x, has 39.8
     AP (37.4 AP alone) in the authors' README.
 Trained by us: no.

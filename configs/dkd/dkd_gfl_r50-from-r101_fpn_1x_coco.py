@@ -2,6 +2,7 @@
 
 python tools/train.py configs/dkd/dkd_gfl_r50-from-r101_fpn_1x_coco.py
 
+Family: response.
 Published: none for dense detectors that we know of; the authors train
     Faster R-CNN.
 Trained by us: no.

@@ -2,6 +2,7 @@
 
 python tools/train.py configs/dlkd/dlkd_retinanet_r50-from-r101_fpn_1x_coco.py
 
+Family: relational.
 Published: no result for a detector that we know of; the method is one for
     classifiers.
 Trained by us: no.

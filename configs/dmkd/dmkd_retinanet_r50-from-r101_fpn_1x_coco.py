@@ -2,6 +2,7 @@
 
 python tools/train.py configs/dmkd/dmkd_retinanet_r50-from-r101_fpn_1x_coco.py
 
+Family: generation.
 Published: no result for this pair that we know of; the abstract has a gain of
     4.1 AP from a RetinaNet that it does not name.
 Trained by us: no.

@@ -3,6 +3,7 @@ r"""FBKD: Faster R-CNN R-50 (37.4 AP alone) learns from R-101 (39.4 AP).
 python tools/train.py \
     configs/fbkd/fbkd_faster-rcnn_r50-from-r101_fpn_1x_coco.py
 
+Family: focal region.
 Published: 39.3 AP, MMRazor's README; its metafile says 39.1.
 Trained by us: no.
 Read: MMRazor's config of this pair, from which all settings are, and its

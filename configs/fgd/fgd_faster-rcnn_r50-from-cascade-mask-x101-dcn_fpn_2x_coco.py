@@ -3,6 +3,7 @@ r"""FGD: Faster R-50 (38.4 AP alone) learns from Cascade X-101-DCN (47.3 AP).
 python tools/train.py \
     configs/fgd/fgd_faster-rcnn_r50-from-cascade-mask-x101-dcn_fpn_2x_coco.py
 
+Family: focal region.
 Published: 42.0 AP, the authors' README.
 Trained by us: no.
 Read: the authors' config of this pair, from which all settings are, and their

@@ -3,6 +3,7 @@ r"""FGFI: Faster R-CNN R-50 (37.4 AP alone) learns from R-101 (39.8 AP).
 python tools/train.py \
     configs/fgfi/fgfi_faster-rcnn_r50-from-r101_fpn_1x_coco.py
 
+Family: focal region.
 Published: no result for this pair on COCO that we know of.
 Trained by us: no.
 Read: a description of the paper's loss; threshold and weight are those of the

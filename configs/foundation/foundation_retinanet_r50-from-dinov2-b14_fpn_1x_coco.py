@@ -3,6 +3,7 @@ r"""Foundation: RetinaNet R-50 (36.5 AP alone) learns from DINOv2 ViT-B/14.
 python tools/train.py \
     configs/foundation/foundation_retinanet_r50-from-dinov2-b14_fpn_1x_coco.py
 
+Family: feature, by FoundationTerm.
 Published: no pair of MMDetection; the abstract of RT-DETRv4 has 49.7 to 57.0
     AP for its four sizes, which learn from DINOv3.
 Trained by us: no.

@@ -3,6 +3,7 @@ r"""FreeKD: RetinaNet R-50 (37.4 AP alone) learns from R-101 (38.9 AP).
 python tools/train.py \
     configs/freekd/freekd_retinanet_r50-from-r101_fpn_2x_coco.py
 
+Family: feature.
 Published: 39.9 AP, the authors' README.
 Trained by us: no.
 Read: the authors' config and code (https://github.com/Gumpest/FreeKD), whose

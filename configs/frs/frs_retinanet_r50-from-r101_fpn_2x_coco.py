@@ -2,6 +2,7 @@
 
 python tools/train.py configs/frs/frs_retinanet_r50-from-r101_fpn_2x_coco.py
 
+Family: focal region, by ScoreWeight.
 Published: 39.7 AP, the abstract and the authors' README.
 Trained by us: no.
 Read: a summary of the authors' losses and weights; not the paper. There

@@ -2,6 +2,7 @@
 
 python tools/train.py configs/fsp/fsp_retinanet_r50-from-r101_fpn_1x_coco.py
 
+Family: feature.
 Published: no result for a detector that we know of; for classifiers it is one
     of the nine methods of arXiv:2007.01922.
 Trained by us: no.

@@ -2,6 +2,7 @@
 
 python tools/train.py configs/gid/gid_gfl_r50-from-r101_fpn_1x_coco.py
 
+Family: instance, by InstanceTerm.
 Published: 41.5 AP, the README of LD's authors, who imitate the features of the
     instances alone, for a student with 40.1 AP; the whole method: none.
 Trained by us: no.

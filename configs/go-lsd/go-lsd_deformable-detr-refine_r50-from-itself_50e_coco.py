@@ -3,6 +3,7 @@ r"""GO-LSD: Deformable DETR R-50 (46.2 AP alone) learns from its last layer.
 python tools/train.py \
     configs/go-lsd/go-lsd_deformable-detr-refine_r50-from-itself_50e_coco.py
 
+Family: query, by LayerSelfTeachingTerm.
 Published: none for this detector; D-FINE, which has distributions of edges,
     is trained by it (arXiv:2410.13842).
 Trained by us: no.

@@ -3,6 +3,7 @@ r"""HEAD: FCOS R-50 (36.6 AP alone) learns from RetinaNet R-101 (38.9 AP).
 python tools/train.py \
     configs/head/head_fcos_r50-from-retinanet-r101_fpn_1x_coco.py
 
+Family: response, by AssistantTerm.
 Published: no result for this pair that we know of.
 Trained by us: no.
 Read: the abstract of arXiv:2207.05345; all settings are ours.

@@ -3,6 +3,7 @@ r"""HPM-KD: GFL R-50 (40.2 AP alone) learns from two (44.7, 45.9 AP).
 python tools/train.py \
     configs/hpm-kd/hpm-kd_gfl_r50-from-r101-and-x101_fpn_1x_coco.py
 
+Family: group, by TeacherAttentionTerm.
 Published: none on detection.
 Trained by us: no.
 Read: a description of the paper and of the authors' code (DeepBridge). From

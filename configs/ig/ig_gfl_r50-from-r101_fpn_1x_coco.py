@@ -2,6 +2,7 @@
 
 python tools/train.py configs/ig/ig_gfl_r50-from-r101_fpn_1x_coco.py
 
+Family: procedure, by IGOverlay.
 Published: none on detection.
 Trained by us: no.
 Read: what the authors' code does

@@ -2,6 +2,7 @@
 
 python tools/train.py configs/ld/ld_gfl_r50-from-r101_fpn_1x_coco.py
 
+Family: response.
 Published: 41.0 AP, MMDetection's zoo (configs/ld), where the student alone has
     40.2; LD's own README has 41.1 and 40.1.
 Trained by us: no.

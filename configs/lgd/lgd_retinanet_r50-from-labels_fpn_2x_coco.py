@@ -2,6 +2,7 @@ r"""LGD: RetinaNet R-50 (37.4 AP alone) learns from its labels.
 
 python tools/train.py configs/lgd/lgd_retinanet_r50-from-labels_fpn_2x_coco.py
 
+Family: feature, by LabelGuidedTerm.
 Published: 39.0 AP where the student alone has 36.2 (arXiv:2109.11496,
     abstract), with a backbone that is frozen for the first 70000 of 180000
     steps, which is not done here.

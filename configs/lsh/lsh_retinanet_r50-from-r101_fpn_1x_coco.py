@@ -2,6 +2,7 @@
 
 python tools/train.py configs/lsh/lsh_retinanet_r50-from-r101_fpn_1x_coco.py
 
+Family: feature.
 Published: none on COCO; on VOC07 RetinaNet R-50 from R-101 has 83.0 AP50
     (82.5 alone, 82.6 with the squared distance alone).
 Trained by us: no.

@@ -3,6 +3,7 @@ r"""MaKD: Deformable DETR R50 (44.3 AP alone) learns from R50 (44.3 AP).
 python tools/train.py \
     configs/makd/makd_deformable-detr_r50-lowrank-from-r50_50e_coco.py
 
+Family: feature, by MultiAspectTerm.
 Published: none on detection; the paper is on language models.
 Trained by us: no.
 Read: a description of Liu et al., "Multi-Aspect Knowledge Distillation for

@@ -3,6 +3,7 @@ r"""Masks: Mask R-CNN R-50 (38.2 AP alone) learns from R-101 (40.8 AP).
 python tools/train.py \
     configs/mask-kd/mask-kd_mask-rcnn_r50-from-r101_fpn_1x_coco.py
 
+Family: response, by MaskTerm.
 Published: no result in this form that we know of.
 Trained by us: no.
 Read: nothing; the form is ours, that of soft targets (Hinton et al., NIPS

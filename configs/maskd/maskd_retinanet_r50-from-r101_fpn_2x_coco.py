@@ -3,6 +3,7 @@ r"""MasKD: RetinaNet R-50 (37.4 AP alone) learns from R-101 (38.9 AP).
 python tools/train.py \
     configs/maskd/maskd_retinanet_r50-from-r101_fpn_2x_coco.py
 
+Family: focal region.
 Published: 39.9 AP, the authors' README.
 Trained by us: no.
 Read: the authors' configs and code (https://github.com/hunto/MasKD), whose

@@ -3,6 +3,7 @@ r"""MGD: Faster R-50 (38.4 AP alone) learns from Cascade X-101-DCN (47.3 AP).
 python tools/train.py \
     configs/mgd/mgd_faster-rcnn_r50-from-cascade-mask-x101-dcn_fpn_2x_coco.py
 
+Family: generation.
 Published: 42.1 AP, the authors' README.
 Trained by us: no.
 Read: the authors' config of this pair, from which all settings are, their loss

@@ -2,6 +2,7 @@
 
 python tools/train.py configs/mhd/mhd_gfl_r50-from-r101_fpn_1x_coco.py
 
+Family: procedure, by HypothesisDataset.
 Published: none on detection.
 Trained by us: no.
 Read: the paper's abstract and an outline (arXiv:2507.21568); there is no code.

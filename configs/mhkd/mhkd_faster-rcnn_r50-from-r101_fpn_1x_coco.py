@@ -3,6 +3,7 @@ r"""MHKD: Faster R-CNN R-50 (37.4 AP alone) learns from R-101 (39.8 AP).
 python tools/train.py \
     configs/mhkd/mhkd_faster-rcnn_r50-from-r101_fpn_1x_coco.py
 
+Family: response, by MultiHeadTerm.
 Published: no result for a detector that we know of; the method is one for
     classifiers.
 Trained by us: no.

@@ -2,6 +2,7 @@
 
 python tools/train.py configs/mimic/mimic_gfl_r50-from-r101_fpn_1x_coco.py
 
+Family: feature.
 Published: 40.7 AP as FitNet in LD's comparison, where the student alone has
     40.1.
 Trained by us: no.

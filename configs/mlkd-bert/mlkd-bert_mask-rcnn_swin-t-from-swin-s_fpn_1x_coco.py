@@ -3,6 +3,7 @@ r"""MLKD-BERT: Mask R-CNN Swin-T (42.7 AP alone) learns from Swin-S (48.2 AP).
 python tools/train.py \
     configs/mlkd-bert/mlkd-bert_mask-rcnn_swin-t-from-swin-s_fpn_1x_coco.py
 
+Family: relational, by MLKDBertLayersTerm.
 Published: none on detection; the method is one for language models.
 Trained by us: no.
 Read: a summary of Zhang et al., arXiv:2407.02775; no code is known.

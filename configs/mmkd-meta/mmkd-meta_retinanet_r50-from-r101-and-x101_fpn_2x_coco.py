@@ -3,6 +3,7 @@ r"""MMKD: RetinaNet R-50 (37.4 AP alone) learns from two (38.9, 41.0 AP).
 python tools/train.py \
     configs/mmkd-meta/mmkd-meta_retinanet_r50-from-r101-and-x101_fpn_2x_coco.py
 
+Family: group, by MetaTeachersTerm.
 Published: none on detection.
 Trained by us: no.
 Read: a description of the authors' code (Rorozhl/MMKD), not the paper. From

@@ -3,6 +3,8 @@ r"""MTPD: RetinaNet R-50 (37.4 AP alone) learns from two (38.9, 41.0 AP).
 python tools/train.py \
     configs/mtpd/mtpd_retinanet_r50-from-r101-then-x101_fpn_2x_coco.py
 
+Family: group, by MGDLoss.
+Idea: Several teachers in turn, the nearer one first.
 Published: 41.7 AP, the authors' README, in two trainings of 12 epochs each.
 Trained by us: no.
 Read: the authors' README (Cao et al., "Learning Lightweight Object Detectors

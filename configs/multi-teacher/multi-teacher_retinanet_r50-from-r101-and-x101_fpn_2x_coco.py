@@ -3,6 +3,8 @@ r"""Multi: RetinaNet R-50 (37.4 AP alone) learns from two (38.9, 41.0 AP).
 python tools/train.py \
     configs/multi-teacher/multi-teacher_retinanet_r50-from-r101-and-x101_fpn_2x_coco.py
 
+Family: group, by PKDLoss.
+Idea: Several teachers at once, each a term of its own.
 Published: no result for this pair that we know of.
 Trained by us: no.
 Read: nothing but PKD's settings, which are MMRazor's for RetinaNet

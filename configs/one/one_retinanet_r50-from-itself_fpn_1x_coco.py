@@ -2,6 +2,7 @@
 
 python tools/train.py configs/one/one_retinanet_r50-from-itself_fpn_1x_coco.py
 
+Family: response, by OneTerm.
 Published: no result for a detector that we know of; the method is one for
     classifiers.
 Trained by us: no.

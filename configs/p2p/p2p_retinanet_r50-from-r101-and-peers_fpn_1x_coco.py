@@ -3,6 +3,7 @@ r"""P2P: RetinaNet R-50 (36.5 AP alone) learns from two peers and R-101.
 python tools/train.py \
     configs/p2p/p2p_retinanet_r50-from-r101-and-peers_fpn_1x_coco.py
 
+Family: procedure, by PeersTerm.
 Published: none of this pair; the paper has polyps and tissue.
 Trained by us: no.
 Read: a description of the paper, not the paper.

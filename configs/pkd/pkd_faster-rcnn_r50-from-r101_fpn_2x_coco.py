@@ -2,6 +2,7 @@
 
 python tools/train.py configs/pkd/pkd_faster-rcnn_r50-from-r101_fpn_2x_coco.py
 
+Family: feature.
 Published: 40.3 AP, MMRazor's README; its metafile says 40.4.
 Trained by us: no.
 Read: MMRazor's config of this pair, from which all settings are, and its

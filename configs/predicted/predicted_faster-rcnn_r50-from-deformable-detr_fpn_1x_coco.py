@@ -4,6 +4,7 @@ python tools/train.py \
     configs/predicted/\
 predicted_faster-rcnn_r50-from-deformable-detr_fpn_1x_coco.py
 
+Family: response, by PredictedBoxTerm.
 Published: none on detection with labels. From a DINO KD-DETR, another method,
     reports 2.1 AP more than alone, known second-hand.
 Trained by us: no.

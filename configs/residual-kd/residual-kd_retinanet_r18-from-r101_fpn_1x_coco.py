@@ -3,6 +3,7 @@ r"""Residual-KD: RetinaNet R-18 (31.7 AP alone) learns from R-101 (38.9 AP).
 python tools/train.py \
     configs/residual-kd/residual-kd_retinanet_r18-from-r101_fpn_1x_coco.py
 
+Family: feature, by ResidualTerm.
 Published: none on detection.
 Trained by us: no.
 Read: descriptions of Gao et al., "Residual Knowledge Distillation", 2020,

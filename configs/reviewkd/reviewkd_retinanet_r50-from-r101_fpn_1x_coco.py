@@ -3,6 +3,7 @@ r"""ReviewKD: RetinaNet R-50 (36.5 AP alone) learns from R-101 (38.9 AP).
 python tools/train.py \
     configs/reviewkd/reviewkd_retinanet_r50-from-r101_fpn_1x_coco.py
 
+Family: feature.
 Published: no result that we have read; the authors have a config of this pair
     at several scales.
 Trained by us: no.

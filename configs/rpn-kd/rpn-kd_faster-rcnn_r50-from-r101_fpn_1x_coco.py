@@ -3,6 +3,7 @@ r"""RPN: Faster R-CNN R-50 (37.4 AP alone) learns from R-101 (39.8 AP).
 python tools/train.py \
     configs/rpn-kd/rpn-kd_faster-rcnn_r50-from-r101_fpn_1x_coco.py
 
+Family: response, by SoftTargetLoss.
 Published: no result in this form that we know of.
 Trained by us: no.
 Read: the abstract of Chen et al., NIPS 2017, who distil both stages of Faster

@@ -3,6 +3,9 @@ r"""Score-L2: RTMDet s (44.5 AP alone) learns from RTMDet m (49.1 AP).
 python tools/train.py \
     configs/score-l2/score-l2_rtmdet_s-from-m_pafpn_300e_coco.py
 
+Family: focal region, by WeightedMSELoss.
+Source: Ultralytics,
+    https://docs.ultralytics.com/guides/knowledge-distillation
 Published: no pair of MMDetection; Ultralytics' guide on knowledge distillation
     has 49.2 AP for YOLO26s, which alone has 48.6 AP, from YOLO26m.
 Trained by us: no.

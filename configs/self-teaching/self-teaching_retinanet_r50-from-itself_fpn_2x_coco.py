@@ -3,6 +3,7 @@ r"""Self: RetinaNet R-50 (37.4 AP alone) learns from its own average.
 python tools/train.py \
     configs/self-teaching/self-teaching_retinanet_r50-from-itself_fpn_2x_coco.py
 
+Family: group, by SelfTerm.
 Published: no result for this student that we know of.
 Trained by us: no.
 Read: the abstract of arXiv:1703.01780, which is about classification; all

@@ -3,6 +3,7 @@ r"""SemCKD: RetinaNet R-50 (36.5 AP alone) learns from R-101 (38.9 AP).
 python tools/train.py \
     configs/semckd/semckd_retinanet_r50-from-r101_fpn_1x_coco.py
 
+Family: feature.
 Published: none on detection; the paper's results are for
     classifiers.
 Trained by us: no.

@@ -3,6 +3,7 @@ r"""SimKD: Faster R-CNN R-50 (37.4 AP alone) learns from R-101 (39.8 AP).
 python tools/train.py \
     configs/simkd/simkd_faster-rcnn_r50-from-r101_fpn_1x_coco.py
 
+Family: feature, by SimKDTerm.
 Published: none on detection; on CIFAR-100 ResNet-8x4 learns from 32x4 to 78.08
     %, alone 73.09, the teacher 79.42, known second-hand.
 Trained by us: no.

@@ -3,6 +3,7 @@ r"""SoftTarget: RetinaNet R-50 (36.5 AP alone) learns from R-101 (38.9 AP).
 python tools/train.py \
     configs/soft-target/soft-target_retinanet_r50-from-r101_fpn_1x_coco.py
 
+Family: response.
 Published: no result with these weights that we know of.
 Trained by us: no.
 Read: a description of the paper's loss, which is for classifiers, known

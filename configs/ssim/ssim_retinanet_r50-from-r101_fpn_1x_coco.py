@@ -2,6 +2,7 @@
 
 python tools/train.py configs/ssim/ssim_retinanet_r50-from-r101_fpn_1x_coco.py
 
+Family: feature.
 Published: no result for this pair that we know of; for a Faster R-CNN R-50 the
     abstract has a gain of 3.5 AP.
 Trained by us: no.

@@ -2,6 +2,8 @@
 
 python tools/train.py configs/sskd/sskd_retinanet_r18-from-r101_fpn_1x_coco.py
 
+Family: procedure, by MimicLoss.
+Idea: Stage by stage imitates, then the head learns from labels.
 Published: the paper reports COCO results of other pairs; none of this one.
 Trained by us: no.
 Read: the abstract of Gao et al., "An Embarrassingly Simple Approach for

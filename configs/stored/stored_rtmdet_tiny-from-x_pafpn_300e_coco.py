@@ -3,6 +3,7 @@ r"""Stored: RTMDet tiny (40.9 AP alone) learns from RTMDet x (52.6 AP).
 python tools/train.py \
     configs/stored/stored_rtmdet_tiny-from-x_pafpn_300e_coco.py
 
+Family: response, by StoredPredictionTerm.
 Published: none on detection.
 Trained by us: no.
 Read: the paper's abstract (arXiv:2112.01528), of classification; the form for

@@ -3,6 +3,7 @@ r"""UHKD: Faster R-CNN R-50 (37.4 AP alone) learns from Swin-T (42.7 AP).
 python tools/train.py \
     configs/uhkd/uhkd_faster-rcnn_r50-from-mask-swin-t_fpn_1x_coco.py
 
+Family: feature.
 Published: none on detection; the paper's results are for classifiers.
 Trained by us: no.
 Read: an outline of Yu et al., "UHKD: A Unified Framework for Heterogeneous

@@ -2,6 +2,7 @@
 
 python tools/train.py configs/unikd/unikd_gfl_r50-from-r101_fpn_1x_coco.py
 
+Family: feature, by UnifiedTerm.
 Published: the paper reports COCO results, which were not retrieved; none of
     this pair is known to us.
 Trained by us: no.

@@ -32,6 +32,9 @@ FOLDERS = sorted(
     }
 )
 
+CARDS = docs.read_configs(ROOT / 'configs')
+FAMILY = {one.folder: one.family for one in CARDS if 'Family' in one.fields}
+
 
 def card(
     published='43.7 AP, the README.',
@@ -54,37 +57,68 @@ def test_examples_of_the_docstrings_hold():
 
 
 @pytest.mark.parametrize('folder', FOLDERS)
-def test_every_folder_of_configs_has_one_family(folder):
-    of = [
-        family
-        for family, (_, *names) in docs.FAMILIES.items()
-        if folder in names
+def test_one_card_of_a_folder_says_its_family(folder):
+    said = [
+        one for one in CARDS if one.folder == folder and 'Family' in one.fields
     ]
-    assert len(of) == 1, (
-        f'configs/{folder} belongs to {of or "no family"}. Name it once in '
-        f'FAMILIES of tools/make_docs.py.'
-    )
+    assert len(said) == 1, f'{[one.path for one in said]}'
+    assert said[0].family in docs.FAMILIES
 
 
-def test_tables_name_nothing_that_is_gone():
+def test_parts_are_methods_that_there_are():
     titles = {
         one.title
         for _, package, _ in docs.KINDS
         for one in docs.read_methods(package)
     }
-    named = {name for _, *names in docs.FAMILIES.values() for name in names}
-    assert named <= titles | set(FOLDERS)
-    assert {*docs.TOLD_BY, *docs.SOURCES, *docs.IDEAS} <= set(FOLDERS)
+    assert set(docs.PARTS) <= titles
+    assert set(docs.PARTS.values()) <= set(docs.FAMILIES)
 
 
-def test_a_method_without_a_family_is_told_what_to_write():
-    with pytest.raises(ValueError, match="'new' belongs to no family.*FAMIL"):
-        docs.family_of('new')
+def test_a_part_without_a_family_is_told_what_to_write():
+    with pytest.raises(
+        ValueError, match='New is a method that no .* PARTS of'
+    ):
+        docs._family_of_part('New')
 
 
-def test_a_folder_named_like_no_loss_is_told_what_to_write():
-    with pytest.raises(ValueError, match=r"TOLD_BY .*'new': '…Term'"):
-        docs._told_by('new', list(docs.read_methods('mmkd.losses')))
+@pytest.mark.parametrize(
+    ('said', 'family', 'by'),
+    [
+        ('focal region.', 'focal region', None),
+        ('query, by MemoryTerm.', 'query', 'MemoryTerm'),
+    ],
+)
+def test_a_card_says_its_family_and_who_tells_the_method(said, family, by):
+    one = card()
+    one.fields['Family'] = said
+    assert (one.family, one.told_by) == (family, by)
+
+
+@pytest.mark.parametrize('said', ['', 'quary.', 'query', 'query by X.'])
+def test_a_family_that_is_none_is_told_what_to_write(said):
+    one = card()
+    one.fields['Family'] = said
+    with pytest.raises(ValueError, match='crosskd_gfl.*"Family: NAME, by'):
+        _ = one.family
+
+
+def test_the_component_that_tells_a_method_is_found():
+    methods = [
+        *docs.read_methods('mmkd.losses'),
+        *docs.read_methods('mmkd.terms'),
+    ]
+    one = card()
+    one.fields['Family'] = 'response, by CrossHeadTerm.'
+    assert docs._teller(one, methods).classes[0].__name__ == 'CrossHeadTerm'
+    one.fields['Family'] = 'response, by CrossHedTerm.'
+    with pytest.raises(ValueError, match="Did you mean 'CrossHeadTerm'"):
+        docs._teller(one, methods)
+    one.fields['Family'] = 'response.'
+    with pytest.raises(ValueError, match='"Family: response, by …Term."'):
+        docs._teller(one, methods)
+    one.path = one.path.replace('crosskd', 'pkd')
+    assert docs._teller(one, methods).title == 'PKD'
 
 
 # Cards -----------------------------------------------------------------------
@@ -240,7 +274,7 @@ def test_the_readme_lists_methods_below_their_family():
         if found := re.match(r'\| \*\*(.+?)\*\* \|', line):
             family = found[1]
         elif found := re.search(r'\[([\w-]+)\]\(configs/\1\) \|$', line):
-            assert docs.family_of(found[1]) == family
+            assert FAMILY[found[1]] == family
             listed.append(found[1])
     assert sorted(listed) == FOLDERS
 
