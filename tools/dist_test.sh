@@ -13,6 +13,9 @@ checkpoint=$2
 gpus=$3
 shift 3
 
+# YAPF, which reads configs, writes its grammar when it is new; ranks would race.
+python -c 'import yapf'
+
 exec python -m torch.distributed.run \
     --nnodes="${NNODES:-1}" \
     --node-rank="${NODE_RANK:-0}" \

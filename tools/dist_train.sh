@@ -12,6 +12,9 @@ config=$1
 gpus=$2
 shift 2
 
+# YAPF, which reads configs, writes its grammar when it is new; ranks would race.
+python -c 'import yapf'
+
 exec python -m torch.distributed.run \
     --nnodes="${NNODES:-1}" \
     --node-rank="${NODE_RANK:-0}" \

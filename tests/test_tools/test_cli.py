@@ -394,5 +394,6 @@ def test_scripts_hand_their_arguments_on(
         text=True,
         env=dict(PATH=f'{tmp_path}:{os.environ["PATH"]}'),
     )
+    assert ('-c|import yapf|' in done.stdout) == script.startswith('dist_')
     expected = expected.format(tools=ROOT / 'tools').replace(' {', '|{')
     assert expected.replace('=2 ', '=2|') in done.stdout
