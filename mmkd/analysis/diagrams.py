@@ -103,16 +103,17 @@ def _draw_curves(
             panels[found.facts['title']] = lines
     if not panels:
         return None
-    if found.teacher is not None:
+    level = found.part('teacher').get('validation')
+    if present(level):
         for lines in panels.values():
-            lines[TEACHER] = [[(0, found.teacher)]]
+            lines[TEACHER] = [[(0, level)]]
     names = [*KINDS.values(), TEACHER]
     draw = partial(bands, ylabel=found.metric, names=names)
     draw(panels, path, columns=1 if narrow else None)
     return (
         f'{found.metric} over the iterations, by method',
-        'Mean over the seeds that are done; the band reaches from the lowest '
-        'seed to the highest.',
+        'On the validation images, while training. Mean over the seeds that '
+        'are done; the band reaches from the lowest seed to the highest.',
     )
 
 

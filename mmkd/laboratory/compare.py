@@ -561,6 +561,7 @@ class Comparison:
                 metrics=taught,
                 config=str(setting.teacher),
                 checkpoint_sha256=file_digest(self.teacher.final),
+                validation=self._validated(taught['AP']),
                 **cost(self.teacher.settings),
             ),
             student=dict(config=str(setting.student), **cost(self.student)),
@@ -613,6 +614,16 @@ class Comparison:
                 if run.stale
             ],
         )
+
+    def _validated(self, tested: float) -> float | None:
+        """The teacher's AP on the images that the curves are of, if it is
+        known: those of the test, or those it was validated on here."""
+        of_curves = _annotations(self.student, 'val_evaluator')
+        if of_curves == _annotations(self.student, 'test_evaluator'):
+            return tested
+        curve = self.teacher.curve()
+        theirs = _annotations(self.teacher.settings, 'val_evaluator')
+        return curve[-1][1] if curve and theirs == of_curves else None
 
     # ------------------------------------------------------------- planning
 
@@ -824,6 +835,11 @@ class Comparison:
             if one['against'] == 'alone'
         }
         return max(gains, key=gains.get) if gains else None
+
+
+def _annotations(settings: Config, evaluator: str) -> str | None:
+    found = settings.get(evaluator)
+    return found.get('ann_file') if isinstance(found, dict) else None
 
 
 def _new_images(arms: Mapping[str, Config]) -> dict[str, float]:

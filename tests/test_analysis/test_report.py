@@ -105,6 +105,7 @@ def results(seeds=2):
         teacher=dict(
             title='R-18',
             metrics=metrics(60.0),
+            validation=58.0,
             parameters=5_312_345,
             gflops=1.234,
             config='teacher.py',
@@ -642,7 +643,19 @@ def test_curves_have_a_panel_for_each_method_and_own_lengths(tmp_path, drawn):
     lines = dict(zip(names, drawn))
     assert lines['distilled  30.0'].tolist() == [[300, 25], [600, 30]]
     assert lines['equal time  23.5'].tolist() == [[300, 18.5], [822, 23.5]]
-    assert lines['teacher  60.0'].tolist() == [[300, 60], [822, 60]]
+    # Of the images that the curves are of, not of the test.
+    assert lines['teacher  58.0'].tolist() == [[300, 58], [822, 58]]
+
+
+def test_a_teacher_not_seen_on_the_images_of_the_curves_is_not_drawn(
+    tmp_path, drawn
+):
+    found = results()
+    found['teacher']['validation'] = None
+    write_report(found, tmp_path)
+    names = [x.get_text() for one in drawn for x in one.axes[0].texts]
+    assert 'distilled  30.0' in names
+    assert not [name for name in names if name.startswith('teacher')]
 
 
 def test_band_reaches_from_the_lowest_run_to_the_highest(tmp_path, drawn):

@@ -203,6 +203,23 @@ def test_what_does_not_fit_is_said_before_the_teacher_is_trained(
         comparison.run()
 
 
+def test_the_teachers_level_is_of_the_images_of_the_curves(
+    comparison, monkeypatch
+):
+    curve = []
+    monkeypatch.setattr(compare.Run, 'curve', lambda run: curve)
+    student, teacher = comparison.student, comparison.teacher.settings
+    student.val_evaluator = teacher.val_evaluator = dict(ann_file='val.json')
+    student.test_evaluator = dict(ann_file='val.json')
+    assert comparison._validated(17.0) == 17.0
+    student.test_evaluator = dict(ann_file='test.json')
+    assert comparison._validated(17.0) is None  # a checkpoint that was given
+    curve += [(1, 3.0), (2, 16.0)]
+    assert comparison._validated(17.0) == 16.0
+    teacher.val_evaluator = dict(ann_file='other.json')
+    assert comparison._validated(17.0) is None
+
+
 def test_more_labels_than_images_are_refused_at_once(comparison):
     setting = comparison.setting
     setting.labels = 1000
