@@ -206,12 +206,12 @@ class Training(Run):
 
     @property
     def done(self) -> bool:
-        return self.final.is_file() and self._matches()
+        return self.final.is_file() and not self.changed()
 
     @property
     def failed(self) -> bool:
         """Whether it ended badly; one that the reader broke off did not."""
-        return (self.folder / 'failed').is_file() and self._matches()
+        return (self.folder / 'failed').is_file() and not self.changed()
 
     def start(self) -> None:
         (self.folder / 'failed').unlink(missing_ok=True)

@@ -60,7 +60,7 @@ from mmkd.laboratory.results import (
 )
 from mmkd.laboratory.runs import DONE, Run, carry_out, iterations
 from mmkd.laboratory.shuffled import save_shuffled
-from mmkd.laboratory.verify import made_by, records, verify
+from mmkd.laboratory.verify import by_code_alone, records, verify
 from mmkd.reading import read_json
 from mmkd.recipes import DEFAULT, RECIPES, look
 
@@ -450,34 +450,14 @@ class Comparison:
             budget=None if budget is None else 60 * budget,
         )
 
-    def _made(self) -> dict[str, str]:
-        """Digest of the code that made the results of each arm.
-
-        Raises:
-            RuntimeError: If there are none.
-        """
-        path = self.folder / 'report' / 'results.json'
-        if not path.is_file():
-            raise RuntimeError(
-                f'--verify needs {path}, which says what code made the '
-                f'results; there is none. Train anew, without --verify.'
-            )
-        return json.loads(path.read_text(encoding='utf-8'))['hashes']['code']
-
     def _verify_teacher(self) -> None:
         """Accept a teacher that changed code would train alike.
 
         Raises:
             RuntimeError: If a repeat differs.
         """
-        before = self._made().get('teacher')
-        if before is None:
-            raise RuntimeError(
-                'the report does not say what code made the teacher; it was '
-                'written before reports did. Train anew, without --verify.'
-            )
         print(f'teacher: repeating {self.options.verify} steps ...')
-        found = verify([self.teacher], before, self.options.verify)
+        found = verify([self.teacher], self.options.verify)
         if found is not None:
             raise RuntimeError(
                 f'the teacher trains otherwise now. {found}. It has as many '
@@ -493,7 +473,6 @@ class Comparison:
         Raises:
             RuntimeError: If a repeat differs.
         """
-        made = self._made()
         steps, differ = self.options.verify, []
         for arm in self.trials.arms:
             runs = [
@@ -501,15 +480,16 @@ class Comparison:
             ]
             if not any(run.stale for run in runs):
                 continue
-            before = made.get(arm.name, '')
-            if not any(run.stale and made_by(run, before) for run in runs):
+            if not any(by_code_alone(run) for run in runs):
+                why = {run.why_stale(): None for run in runs if run.stale}
                 print(
-                    f'{arm.title}: not by code alone; the same command '
+                    f'{arm.title}: {", and ".join(why)}; a repeat shows '
+                    f'nothing where more than code has. The same command '
                     f'without --verify trains it anew.'
                 )
                 continue
             print(f'{arm.title}: repeating {steps} steps ...')
-            found = verify(runs, before, steps)
+            found = verify(runs, steps)
             if found is None:
                 self._keep_pace(arm)
             else:
@@ -609,7 +589,7 @@ class Comparison:
                 )
             },
             stale=[
-                f'{name}, seed {seed}: made by other code, settings or data'
+                f'{name}, seed {seed}: {run.why_stale()}'
                 for (name, seed), run in trials.runs.items()
                 if run.stale
             ],

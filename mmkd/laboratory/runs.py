@@ -27,6 +27,15 @@ from mmkd.files import whole
 
 PACKAGE = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, '-m', 'mmkd.cli']
+#: File of a run that says what its results were made with.
+STAMP = 'made_with.json'
+#: What the digests of an identity are of, where their names do not say it.
+OF = dict(
+    train='training data',
+    test='test data',
+    teacher='weights of the teacher',
+    unlabelled='photographs without labels',
+)
 #: Ends of a run, as reports name them.
 DONE, FAILED, TIMED_OUT, MISSING = 'done', 'failed', 'timed out', 'missing'
 
@@ -93,32 +102,56 @@ class Run:
         return (
             self.final.is_file()
             and self.predictions.is_file()
-            and self._matches()
+            and not self.changed()
         )
 
-    def fingerprint(self) -> str:
-        """Digest of all that decides what the run gives."""
-        text = str(self.settings.to_dict())
-        text += ' '.join(self.options)
-        text += ''.join(f'{key} {self.keys[key]}' for key in sorted(self.keys))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def identity(self) -> dict[str, str]:
+        """Digests of all that decides what the run gives: its settings, and
+        its keys."""
+        # In the order of the config: it is the order of the terms' sum.
+        text = str(self.settings.to_dict()) + ' '.join(self.options)
+        return dict(self.keys, settings=_digest(text))
 
-    def _matches(self) -> bool:
-        stamp = self.folder / 'fingerprint'
-        return stamp.is_file() and stamp.read_text() == self.fingerprint()
+    def fingerprint(self) -> str:
+        """One digest of all that decides what the run gives."""
+        return _digest(json.dumps(self.identity(), sort_keys=True))
+
+    def sign(self) -> None:
+        """Note what the results in its folder are made with."""
+        with whole(self.folder / STAMP) as part:
+            part.write_text(json.dumps(self.identity(), indent=1))
+
+    def made_with(self) -> dict[str, str]:
+        """The identity that its results were made with; empty if nobody
+        knows."""
+        stamp = self.folder / STAMP
+        return json.loads(stamp.read_text()) if stamp.is_file() else {}
+
+    def changed(self) -> list[str]:
+        """What is not as it was when its results were made."""
+        then, now = self.made_with(), self.identity()
+        return sorted(
+            name for name in {*then, *now} if then.get(name) != now.get(name)
+        )
+
+    def why_stale(self) -> str:
+        """The same in words."""
+        if not self.made_with():
+            return 'nothing says what it was made with'
+        changed = [OF.get(name, name) for name in self.changed()]
+        return f'it was made with other {" and ".join(changed)}'
 
     @property
     def stale(self) -> bool:
         """Whether its folder holds results of other settings or code."""
-        return self.folder.is_dir() and not self._matches()
+        return self.folder.is_dir() and bool(self.changed())
 
     def start(self) -> None:
         """Begin, or go on from the last checkpoint."""
         if self.stale:
             self._set_aside()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with whole(self.folder / 'fingerprint') as part:
-            part.write_text(self.fingerprint())
+        self.sign()
         self._begin = time.time()
         self._launch('test' if self.final.is_file() else 'train')
 
@@ -155,14 +188,15 @@ class Run:
             )
 
     def _set_aside(self) -> None:
-        """Keep the results of other settings under another name."""
+        """Keep results made with anything else under another name."""
+        why = self.why_stale()
         number = 1
         while (aside := Path(f'{self.folder}-{number}')).exists():
             number += 1
         shutil.move(self.folder, aside)
         print(
-            f'{self.name}: the settings have changed; earlier results are '
-            f'kept in {aside}'
+            f'{self.name}: begins anew, since {why}; what was there is kept '
+            f'in {aside}'
         )
 
     def poll(self) -> bool:
@@ -245,6 +279,10 @@ def iterations(settings: Config) -> int:
     loader = settings.train_dataloader
     images = len(DATASETS.build(loader.dataset))
     return loop.max_epochs * math.ceil(images / loader.batch_size)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def log_lines(folder: Path) -> list[dict]:

@@ -27,7 +27,7 @@ CLOCK = ('time', 'data_time', 'memory', 'eta')
 RECORD = 'verified.json'
 
 
-def verify(runs: Sequence[Run], before: str, steps: int) -> str | None:
+def verify(runs: Sequence[Run], steps: int) -> str | None:
     """Accept the results of an arm if the present code begins them alike.
 
     The first run whose code alone has changed is repeated beside it for some
@@ -36,7 +36,6 @@ def verify(runs: Sequence[Run], before: str, steps: int) -> str | None:
 
     Args:
         runs: The arm's, one a seed.
-        before: Digest of the code that made them.
         steps: Training steps to repeat.
 
     Returns:
@@ -47,45 +46,44 @@ def verify(runs: Sequence[Run], before: str, steps: int) -> str | None:
             not positive.
     """
     check_positive('verify', steps=steps)
-    changed = [run for run in runs if run.stale and made_by(run, before)]
+    changed = [run for run in runs if by_code_alone(run)]
     if not changed:
+        stale = [run.why_stale() for run in runs if run.stale]
+        why = stale[0] if stale else 'nothing has changed since'
         raise ValueError(
-            'no result is there that only its code makes stale: settings, '
-            'data or teacher have changed too, or nothing has.'
+            f'{runs[0].name}: {why}. A repeat of the first steps tells '
+            f'something of results that only their code makes stale; for '
+            f'others, train anew.'
         )
     found = difference(changed[0], steps)
     if found is None:
         for run in changed:
-            accept(run, before, steps)
+            accept(run, steps)
     return found
 
 
-def made_by(run: Run, code: str) -> bool:
-    """Whether a run's results are its own but for the code."""
-    stamp = run.folder / 'fingerprint'
-    then = replace(run, keys={**run.keys, 'code': code})
+def by_code_alone(run: Run) -> bool:
+    """Whether a run has results, stale for nothing but their code."""
     return (
-        stamp.is_file()
-        and run.final.is_file()
+        run.final.is_file()
         and run.predictions.is_file()
-        and stamp.read_text() == then.fingerprint()
+        and run.changed() == ['code']
     )
 
 
-def accept(run: Run, before: str, steps: int) -> None:
+def accept(run: Run, steps: int) -> None:
     """Let a run's results count for the present code."""
     path = run.folder / RECORD
     record = json.loads(path.read_text()) if path.is_file() else []
     entry = dict(
-        before=before,
+        before=run.made_with()['code'],
         after=run.keys['code'],
         steps=steps,
         of=run.iterations,
     )
     with whole(path) as part:
         part.write_text(json.dumps([*record, entry], indent=1))
-    with whole(run.folder / 'fingerprint') as part:
-        part.write_text(run.fingerprint())
+    run.sign()
 
 
 def difference(run: Run, steps: int) -> str | None:

@@ -30,7 +30,7 @@ from mmkd.laboratory.catalogue import (
     shares,
     tiny_configs,
 )
-from mmkd.laboratory.runs import DONE
+from mmkd.laboratory.runs import DONE, STAMP
 
 ROOT = Path(__file__).parents[2]
 
@@ -271,7 +271,7 @@ def test_a_training_is_done_with_its_last_checkpoint(root):
     run.folder.mkdir()
     run.final.touch()
     assert not run.done
-    (run.folder / 'fingerprint').write_text(run.fingerprint())
+    run.sign()
     assert run.done
     command = [sys.executable, '-c', 'sum(range(10**7))']
     run._process, run._stage = subprocess.Popen(command), 'train'
@@ -296,7 +296,7 @@ def test_a_training_that_ends_without_its_checkpoint_has_failed(root):
 
 def write_run(run, values):
     write_log(run, values)
-    (run.folder / 'fingerprint').write_text(run.fingerprint())
+    run.sign()
 
 
 def write_log(run, values, key='loss_kd_mimic'):
@@ -309,7 +309,7 @@ def write_log(run, values, key='loss_kd_mimic'):
 
 def finish(run):
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / 'fingerprint').write_text(run.fingerprint())
+    run.sign()
     run.final.write_text('weights')
     (run.folder / 'processor').write_text('0.4')
 
@@ -363,7 +363,7 @@ def test_a_training_that_ended_badly_is_a_failure(trial):
     write_run(run, [4.0, 3.0])
     run._end('failed', 'why')
     assert trial.finding().problems == ['a training stopped early']
-    (run.folder / 'fingerprint').write_text('other')
+    (run.folder / STAMP).write_text('{"settings": "other"}')
     assert trial.finding().verdict == NOT_RUN
 
 
@@ -380,7 +380,7 @@ def test_one_that_was_broken_off_or_begins_anew_is_none(trial, monkeypatch):
 def test_a_training_of_other_code_says_nothing(trial):
     run = trial.runs()[0]
     write_run(run, [1.0, 2.0])
-    (run.folder / 'fingerprint').write_text('other')
+    (run.folder / STAMP).write_text('{"settings": "other"}')
     assert trial.finding().verdict == NOT_RUN
 
 

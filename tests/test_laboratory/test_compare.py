@@ -8,6 +8,7 @@ import runs
 import tiny
 
 from mmkd.laboratory import compare
+from mmkd.laboratory.runs import STAMP
 
 data = runs.data
 
@@ -415,25 +416,21 @@ def stale(comparison, monkeypatch):
     comparison.setting.methods = ['pkd']
     first = comparison._trials()
     pace = json.loads((comparison.folder / 'pace.json').read_text())
-    code = dict.fromkeys(('pkd', 'pkd_sham'), 'earlier')
-    for name in code:
+    for name in ('pkd', 'pkd_sham'):
         for seed in (0, 1):
             run = first.runs[name, seed]
             run.keys['code'] = 'earlier'
             run.predictions.parent.mkdir(parents=True)
             for file in (run.final, run.predictions):
                 file.write_text('')
-            (run.folder / 'fingerprint').write_text(run.fingerprint())
+            run.sign()
     config = pace['pkd']['key'].split()[0]
     pace['pkd']['key'] = f'{config} earlier'
     (comparison.folder / 'pace.json').write_text(json.dumps(pace))
-    report = comparison.folder / 'report' / 'results.json'
-    report.parent.mkdir()
-    report.write_text(json.dumps(dict(hashes=dict(code=code))))
     teacher = comparison.teacher
     teacher.predictions.parent.mkdir(parents=True)
     teacher.predictions.write_text('[]')
-    (teacher.folder / 'fingerprint').write_text(teacher.fingerprint())
+    teacher.sign()
     comparison.options.verify = 7
     return comparison
 
@@ -447,9 +444,7 @@ def test_only_stale_results_are_verified_and_their_pace_is_kept(
         compare, 'verify', lambda runs, *how: asked.append((runs, *how))
     )
     stale.run()
-    assert [(len(runs), *how) for runs, *how in asked] == [
-        (2, 'earlier', 7)
-    ] * 2
+    assert [(len(runs), *how) for runs, *how in asked] == [(2, 7)] * 2
     assert 'pkd' in str(asked[0][0][0].folder)
     stale.options.verify = None
     assert stale._trials().arms[2].step_ratio == 1.21
@@ -459,15 +454,17 @@ def test_what_is_stale_for_more_than_its_code_is_left_to_train(
     stale, monkeypatch, capsys
 ):
     for seed in (0, 1):
-        stamp = stale.folder / 'pkd' / f'seed{seed}' / 'fingerprint'
-        stamp.write_text('of other settings')
+        stamp = stale.folder / 'pkd' / f'seed{seed}' / STAMP
+        made_with = json.loads(stamp.read_text())
+        stamp.write_text(json.dumps(dict(made_with, train='other')))
     asked = []
     monkeypatch.setattr(
         compare, 'verify', lambda runs, *how: asked.append(runs[0].name)
     )
     stale.run()
     assert asked == ['pkd, sham, seed 0']
-    assert 'pkd: not by code alone' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'pkd: it was made with other code and training data; a' in said
 
 
 def test_a_repeat_that_differs_ends_the_command(stale, monkeypatch):
@@ -481,37 +478,29 @@ def stale_teacher(stale):
     """Its code has changed as well."""
     teacher, now = stale.teacher, stale.teacher.keys['code']
     teacher.keys['code'] = 'earlier'
-    (teacher.folder / 'fingerprint').write_text(teacher.fingerprint())
+    teacher.sign()
     teacher.keys['code'] = now
     assert teacher.stale
     return stale
 
 
 def test_a_stale_teacher_is_verified_first(stale_teacher, monkeypatch):
-    report = stale_teacher.folder / 'report' / 'results.json'
-    code = json.loads(report.read_text())['hashes']['code']
-    code['teacher'] = 'earlier'
-    report.write_text(json.dumps(dict(hashes=dict(code=code))))
     asked = []
 
     def accept(runs, *how):
         asked.append(([run.name for run in runs], *how))
         for run in runs:
-            (run.folder / 'fingerprint').write_text(run.fingerprint())
+            run.sign()
 
     monkeypatch.setattr(compare, 'verify', accept)
     stale_teacher.run()
-    assert asked[0] == (['teacher'], 'earlier', 7)
+    assert asked[0] == (['teacher'], 7)
     assert len(asked) == 3
 
 
 def test_a_teacher_that_would_be_another_ends_the_command(
     stale_teacher, monkeypatch
 ):
-    report = stale_teacher.folder / 'report' / 'results.json'
-    report.write_text(
-        json.dumps(dict(hashes=dict(code=dict(teacher='earlier'))))
-    )
     monkeypatch.setattr(compare, 'verify', lambda *which: 'loss was 1')
     with pytest.raises(
         RuntimeError, match=r'otherwise now\. loss was 1.*--jobs'
@@ -519,17 +508,10 @@ def test_a_teacher_that_would_be_another_ends_the_command(
         stale_teacher.run()
 
 
-def test_an_early_report_does_not_say_what_code_made_the_teacher(
-    stale_teacher,
-):
-    with pytest.raises(RuntimeError, match='what code made the teacher'):
+def test_a_teacher_of_other_settings_is_not_repeated(stale_teacher):
+    stale_teacher.teacher.options = ('randomness.seed=1',)
+    with pytest.raises(ValueError, match='with other code and settings'):
         stale_teacher.run()
-
-
-def test_without_a_report_nothing_says_what_code_it_was(stale):
-    (stale.folder / 'report' / 'results.json').unlink()
-    with pytest.raises(RuntimeError, match='results.json, which says what'):
-        stale.run()
 
 
 # Everything ------------------------------------------------------------------

@@ -8,7 +8,14 @@ import torch
 
 from mmkd.compat.checkpoint import trusting
 from mmkd.laboratory import runs
-from mmkd.laboratory.runs import DONE, FAILED, MISSING, TIMED_OUT, Run
+from mmkd.laboratory.runs import (
+    DONE,
+    FAILED,
+    MISSING,
+    STAMP,
+    TIMED_OUT,
+    Run,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,9 +56,9 @@ def test_before_the_first_log_the_guess_tells_the_time(run):
 
 def test_a_stale_run_begins_anew_at_its_old_pace(run):
     write_log(run, dict(iter=run.iterations, loss=1.0, time=0.25))
-    (run.folder / 'fingerprint').write_text(run.fingerprint())
+    run.sign()
     assert run.position() == (run.iterations, 0.0)
-    (run.folder / 'fingerprint').write_text('other settings')
+    (run.folder / STAMP).write_text('{"settings": "other"}')
     assert run.position() == (0, 0.25 * run.iterations)
 
 
@@ -73,7 +80,7 @@ def test_position_follows_the_log_and_its_unfinished_line(run):
         dict(iter=10, step=10, loss=2.0, time=0.25),
         dict(iter=20, step=20, loss=1.0, time=0.25),
     )
-    (run.folder / 'fingerprint').write_text(run.fingerprint())
+    run.sign()
     assert run.position() == (20, 0.25 * (run.iterations - 20))
 
 
@@ -98,7 +105,7 @@ def test_time_is_that_of_the_steps(run):
 def test_a_run_is_done_only_with_its_own_settings(run):
     finish(run)
     assert not run.done, 'nobody knows what made them'
-    (run.folder / 'fingerprint').write_text(run.fingerprint())
+    run.sign()
     assert run.done
     run.options = ('randomness.seed=1',)
     assert not run.done
@@ -108,15 +115,32 @@ def test_a_run_is_done_only_with_its_own_settings(run):
 def test_other_code_makes_a_result_stale(run):
     run.keys = dict(code='1', data='2')
     finish(run)
-    (run.folder / 'fingerprint').write_text(run.fingerprint())
+    run.sign()
     assert run.done
     run.keys = dict(code='3', data='2')
     assert run.stale
 
 
+def test_what_has_changed_is_told(run):
+    run.keys = dict(code='1', train='2', teacher='3')
+    finish(run)
+    assert run.why_stale().startswith('nothing says')
+    run.sign()
+    assert run.changed() == []
+    run.keys = dict(code='1', train='4', test='5')
+    assert run.changed() == ['teacher', 'test', 'train']
+    assert run.why_stale() == (
+        'it was made with other weights of the teacher and test data and '
+        'training data'
+    )
+    run.keys = dict(code='1', train='2', teacher='3')
+    run.options = ('randomness.seed=1',)
+    assert run.why_stale() == 'it was made with other settings'
+
+
 def test_results_of_other_settings_are_kept_aside(run, monkeypatch):
     finish(run)
-    (run.folder / 'fingerprint').write_text('other settings')
+    (run.folder / STAMP).write_text('{"settings": "other"}')
     words(monkeypatch, '')
     run.start()
     run._process.wait()
