@@ -107,6 +107,40 @@ def test_a_row_has_means_gains_and_cost(results):
     ]
 
 
+def test_the_lead_of_the_default_is_paired_and_corrected(results):
+    results['arms'] += [
+        arm('default', 'distilled', [30.0, 33.0, 36.0]),
+        arm('even', 'distilled', [20.0, 33.1, 46.0]),
+        arm('behind', 'distilled', [20.0, 23.1, 26.0]),
+        arm('ahead', 'inherited', [40.0, 43.1, 46.0]),
+        arm('gone', 'distilled', [None, None, None]),
+    ]
+    leads = page._leads(results)
+    assert set(leads) == {'pkd', 'even', 'behind', 'ahead'}
+    # 10, 9.9, 10: mean 299/30, s = 0.1/sqrt 3, t(2) = 4.303
+    assert leads['behind']['mean'] == pytest.approx(299 / 30)
+    half = 4.302653 * 0.1 / 3
+    assert leads['behind']['low'] == pytest.approx(299 / 30 - half)
+    assert leads['ahead']['p'] < leads['behind']['p']
+    for name in ('ahead', 'behind'):  # of three tests; one seed makes none
+        assert leads[name]['p_holm'] == pytest.approx(3 * leads['ahead']['p'])
+    text = page.section(results, 'cells')
+    assert row(text)[6] == '+0.0'  # one seed of pkd
+    assert '| behind | 23.0 | 46.1 | – | – | – | +10.0 (+9.8 to +10.1)' in text
+    assert (
+        'default is ahead of behind; behind ahead; not told apart from pkd, '
+        'even.'
+    ) in ' '.join(text.split())
+    (line,) = (one for one in text.splitlines() if one.startswith('|---'))
+    assert line.count('---') == len(row(text))
+
+
+def test_without_a_second_method_there_is_no_lead(results):
+    text = page.section(as_default(results), 'cells')
+    assert 'lead of' not in text
+    assert page._leads(results) == {}
+
+
 def test_teacher_alone_and_command_are_named(results):
     text = page.section(results, 'cells')
     assert 'Teacher 40.0 AP, student alone 15.0 AP.' in text
