@@ -802,9 +802,10 @@ class Comparison:
         """A config of its own, complete, for each run."""
         path = self.folder / 'configs' / f'{name}.py'
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = settings.pretty_text
-        if not path.is_file() or path.read_text() != text:
-            path.write_text(text)
+        content = settings.to_dict()
+        if not path.is_file() or read_config(path).to_dict() != content:
+            with whole(path) as part:  # reading is ten times as fast
+                part.write_text(settings.pretty_text)
         return path
 
     def _to_show(self, results: Mapping) -> str | None:

@@ -400,6 +400,19 @@ def test_another_teacher_makes_distilled_results_stale(comparison, tmp_path):
         assert same == key[0].startswith('alone'), key
 
 
+def test_configs_are_written_once_and_follow_the_setting(
+    comparison, monkeypatch
+):
+    comparison.setting.methods = ['pkd']
+    run = comparison._trials().runs['pkd', 1]
+    written = run.config.read_text()
+    run.config.write_text(written.replace('seed=1', 'seed=7'))  # by hand
+    comparison._trials()
+    assert run.config.read_text() == written
+    monkeypatch.delattr(compare.Config, 'pretty_text')
+    comparison._trials()
+
+
 def test_step_times_are_measured_once(comparison, monkeypatch):
     comparison._trials()
 
