@@ -11,7 +11,6 @@ import argparse
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,9 @@ from mmkd.analysis.pictures import (
     side_by_side,
 )
 from mmkd.checks import check_fraction, check_name
-from mmkd.compat.checkpoint import (
-    TERM_PREFIX,
-    add_trust_option,
-    check_file,
-    classes_of,
-    read_checkpoint,
-    state_dict_of,
-    trusting,
-)
+from mmkd.compat.checkpoint import add_trust_option, classes_of, trusting
 from mmkd.configs import read_config, student_config
-from mmkd.engine.fit import Fit
+from mmkd.engine.fit import load_strictly
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -207,27 +198,13 @@ def load(
     # Here, because it needs mmcv's operators, which mmkd provides.
     from mmdet.apis import init_detector
 
-    if '://' not in str(checkpoint):
-        check_file(checkpoint, 'image_demo.py')
-    weights = read_checkpoint(checkpoint)
     config = config.copy()
     config.model = student_config(config.model)
     # It warns that it got no checkpoint; its own way of loading one would not
     # notice that half of it is missing.
     with warnings.catch_warnings(record=True):
         detector = init_detector(config, palette='random', device=device)
-    state = state_dict_of(weights, prefer_ema=ema)
-    for key in [key for key in state if key.startswith(TERM_PREFIX)]:
-        del state[key]
-    # A tensor of another shape raises in any case; Fit says it better.
-    with Fit(detector) as fit, suppress(RuntimeError):
-        detector.load_state_dict(state, strict=False)
-    fit.compare(dict(state_dict=state))
-    fit.refuse_differences(
-        'image_demo.py',
-        str(checkpoint),
-        'Name the config it was trained with.',
-    )
+    weights = load_strictly(detector, checkpoint, 'image_demo.py', ema)
     detector.dataset_meta['classes'] = classes_of(weights) or _classes(config)
     return detector
 

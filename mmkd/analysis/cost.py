@@ -1,11 +1,9 @@
-"""What a detector costs to deploy: parameters, arithmetic, time."""
+"""What a detector costs to deploy: parameters and arithmetic."""
 
 from __future__ import annotations
 
 import logging
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,11 +39,11 @@ def gflops(detector: nn.Module, size: tuple[int, int]) -> float:
         size: Height and width of the image, pixels.
     """
     detector.eval()
-    sample = _sample(size)
+    metas = sample(size)
     image = torch.zeros(1, 3, *size)
     with quiet():  # it names every operator it need not count
         counted = get_model_complexity_info(
-            _Forward(detector, sample),
+            _Forward(detector, metas),
             inputs=(image,),
             show_table=False,
             show_arch=False,
@@ -123,43 +121,8 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def latency(
-    detectors: Mapping[str, nn.Module],
-    size: tuple[int, int],
-    rounds: int = 15,
-) -> dict[str, float]:
-    """Milliseconds to detect in one image, post-processing included.
-
-    The detectors take turns (A B A B …), so that a machine that slows down
-    slows all of them; the median over the rounds is returned. One warm-up
-    round is not counted.
-
-    Args:
-        detectors: Detectors by name, on one device.
-        size: Height and width of the image, pixels.
-        rounds: Images for each.
-    """
-    times: dict[str, list[float]] = {name: [] for name in detectors}
-    device = next(next(iter(detectors.values())).parameters()).device
-    image = torch.rand(1, 3, *size, device=device)
-    for turn in range(rounds + 1):
-        for name, detector in detectors.items():
-            seconds = _timed(detector.eval(), image, _sample(size))
-            if turn:
-                times[name].append(1000 * seconds)
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
-@torch.no_grad()
-def _timed(detector: nn.Module, image: Tensor, sample: DetDataSample) -> float:
-    begin = time.perf_counter()
-    detector.predict(image, [sample])
-    if image.is_cuda:
-        torch.cuda.synchronize(image.device)
-    return time.perf_counter() - begin
-
-
-def _sample(size: tuple[int, int]) -> DetDataSample:
+def sample(size: tuple[int, int]) -> DetDataSample:
+    """An image's sample, neither scaled nor padded, as a test packs it."""
     return DetDataSample(
         metainfo=dict(
             img_shape=size,

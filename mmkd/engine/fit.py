@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from mmengine.model import BaseTTAModel
 from torch import nn
 
-from mmkd.compat.checkpoint import TERM_PREFIX, state_dict_of
+from mmkd.compat.checkpoint import (
+    TERM_PREFIX,
+    check_file,
+    read_checkpoint,
+    state_dict_of,
+)
 
 
 class Fit:
@@ -98,6 +105,42 @@ class Fit:
             f'shape{some(self.misshapen)}, {len(self.unexpected)} left over'
             f'{some(self.unexpected)}.'
         )
+
+
+def load_strictly(
+    detector: nn.Module, file: str | Path, who: str, ema: bool = True
+) -> dict:
+    """Fill a detector from a checkpoint that must be its own.
+
+    Weights of terms, which stand beside the student's, are left out.
+
+    Args:
+        detector: A plain detector.
+        file: A file, or an address.
+        who: Named in the messages.
+        ema: Take the averaged weights where the file has them.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is another detector's.
+    """
+    if '://' not in str(file):
+        check_file(file, who)
+    checkpoint = read_checkpoint(file)
+    state = state_dict_of(checkpoint, prefer_ema=ema)
+    for key in [key for key in state if key.startswith(TERM_PREFIX)]:
+        del state[key]
+    # A tensor of another shape raises in any case; Fit says it better.
+    with Fit(detector) as fit, suppress(RuntimeError):
+        detector.load_state_dict(state, strict=False)
+    fit.compare(dict(state_dict=state))
+    fit.refuse_differences(
+        who, str(file), 'Name the config it was trained with.'
+    )
+    return checkpoint
 
 
 def drop_terms(model: nn.Module, checkpoint: dict) -> int:

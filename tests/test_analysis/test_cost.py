@@ -4,7 +4,6 @@ import torch
 
 from mmkd.analysis.cost import (
     gflops,
-    latency,
     multiply_accumulates,
     parameters,
 )
@@ -44,9 +43,3 @@ def test_weights_of_terms_are_not_deployed(teachers, terms):
     student = tiny.build(tiny.distilled(tiny.retinanet(), teachers, terms))
     assert parameters(student) == parameters(plain)
     assert parameters(plain) == sum(one.numel() for one in plain.parameters())
-
-
-def test_the_wider_detector_takes_longer():
-    narrow, wide = (tiny.build(tiny.retinanet(base=base)) for base in (8, 48))
-    taken = latency(dict(narrow=narrow, wide=wide), (128, 128), rounds=3)
-    assert 0 < taken['narrow'] < taken['wide']
