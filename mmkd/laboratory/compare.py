@@ -13,7 +13,9 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -473,38 +475,50 @@ class Comparison:
         Raises:
             RuntimeError: If a repeat differs.
         """
-        steps, differ = self.options.verify, []
-        for arm in self.trials.arms:
-            runs = [
-                self.trials.runs[arm.name, seed] for seed in self.setting.seeds
-            ]
-            if not any(run.stale for run in runs):
-                continue
-            if not any(by_code_alone(run) for run in runs):
+        repeats, differ = {}, []
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            for arm in self.trials.arms:
+                runs = [
+                    self.trials.runs[arm.name, seed]
+                    for seed in self.setting.seeds
+                ]
+                if any(by_code_alone(run) for run in runs):
+                    repeats[arm.name] = pool.submit(
+                        copy_context().run, self._repeat, arm, runs
+                    )
+                    continue
                 why = {run.why_stale(): None for run in runs if run.stale}
-                print(
-                    f'{arm.title}: {", and ".join(why)}; a repeat shows '
-                    f'nothing where more than code has. The same command '
-                    f'without --verify trains it anew.'
-                )
-                continue
-            print(f'{arm.title}: repeating {steps} steps ...')
-            found = verify(runs, steps)
-            if found is None:
-                self._keep_pace(arm)
-            else:
-                differ.append(found)
+                if why:
+                    print(
+                        f'{arm.title}: {", and ".join(why)}; a repeat shows '
+                        f'nothing where more than code has. The same command '
+                        f'without --verify trains it anew.'
+                    )
+            try:
+                for name, repeat in repeats.items():
+                    if (found := repeat.result()) is None:
+                        self._keep_pace(name)
+                    else:
+                        differ.append(found)
+            except BaseException:  # those at work end, no other begins
+                pool.shutdown(cancel_futures=True)
+                raise
         if differ:
             raise RuntimeError(
                 f'the present code trains otherwise. {"; ".join(differ)}. '
                 f'Train anew: the same command without --verify.'
             )
 
-    def _keep_pace(self, arm: Arm) -> None:
+    def _repeat(self, arm: Arm, runs: Sequence[Run]) -> str | None:
+        print(f'{arm.title}: repeating {self.options.verify} steps ...')
+        return verify(runs, self.options.verify)
+
+    def _keep_pace(self, name: str) -> None:
         path = self.folder / 'pace.json'
         known = json.loads(path.read_text())
-        if arm.name in known:  # controls are not timed
-            known[arm.name]['key'] = self._pace_key(arm)
+        if name in known:  # controls are not timed
+            (arm,) = (one for one in self.trials.arms if one.name == name)
+            known[name]['key'] = self._pace_key(arm)
         with whole(path) as part:
             part.write_text(json.dumps(known, indent=1))
 

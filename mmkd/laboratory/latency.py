@@ -241,8 +241,8 @@ def report(found: Sequence[Deployed], options: argparse.Namespace) -> str:
     ]
     if any(one.weights is None for one in found):
         lines.append(
-            'With random weights many detectors find next to nothing, so that '
-            'post-processing costs less than it will. CONFIG=CHECKPOINT times it.'
+            'With random weights many detectors find next to nothing, and '
+            'post-processing costs less than it will: name CONFIG=CHECKPOINT.'
         )
     return '\n'.join(lines)
 

@@ -91,6 +91,8 @@ def difference(run: Run, steps: int) -> str | None:
     again = replace(
         run, folder=run.folder.with_name(f'{run.folder.name}-again')
     )
+    # Known already, so that no thread reads them beside another.
+    again.settings, again.iterations = run.settings, run.iterations
     shutil.rmtree(again.folder, ignore_errors=True)
     try:
         return _steps_differ(run, again, steps) or _test_differs(run, again)

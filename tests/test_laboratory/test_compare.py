@@ -2,11 +2,16 @@ import json
 import os
 import subprocess
 import sys
+import time
+from signal import SIGINT, pthread_kill
+from threading import Barrier, Semaphore, main_thread
 
 import pytest
 import runs
 import tiny
+import torch
 
+from mmkd.compat.checkpoint import trusted_files, trusting
 from mmkd.laboratory import compare
 from mmkd.laboratory.runs import STAMP
 
@@ -461,6 +466,45 @@ def test_only_stale_results_are_verified_and_their_pace_is_kept(
     assert 'pkd' in str(asked[0][0][0].folder)
     stale.options.verify = None
     assert stale._trials().arms[2].step_ratio == 1.21
+
+
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_as_many_arms_are_repeated_at_a_time_as_there_are_jobs(
+    stale, monkeypatch, tmp_path, jobs
+):
+    stale.options.jobs = jobs
+    alone = Semaphore(1)
+    met = Barrier(2)
+    trusted = tmp_path / 'old.pth'
+    torch.save(dict(weight=torch.ones(1)), trusted)
+
+    def repeat(runs, steps):
+        assert trusted_files() == [str(trusted)]
+        if jobs == 2:
+            met.wait(timeout=60)  # for the other arm
+        else:
+            assert alone.acquire(blocking=False)
+            time.sleep(0.1)
+            alone.release()
+
+    monkeypatch.setattr(compare, 'verify', repeat)
+    with trusting(trusted):
+        stale.run()
+
+
+def test_broken_off_no_further_arm_is_repeated(stale, monkeypatch):
+    begun = []
+
+    def repeat(runs, steps):
+        begun.append(runs[0].name)
+        pthread_kill(main_thread().ident, SIGINT)  # Ctrl-C
+        time.sleep(0.5)
+
+    stale.options.jobs = 1
+    monkeypatch.setattr(compare, 'verify', repeat)
+    with pytest.raises(KeyboardInterrupt):
+        stale.run()
+    assert begun == ['pkd, seed 0']
 
 
 def test_what_is_stale_for_more_than_its_code_is_left_to_train(
