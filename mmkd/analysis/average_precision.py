@@ -11,7 +11,7 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -62,6 +62,7 @@ class ImageMatches:
     matched: NDArray[np.bool_]
     ignored: NDArray[np.bool_]
     objects: NDArray[np.intp]
+    _drawn: dict = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_files(
@@ -156,6 +157,27 @@ class ImageMatches:
             out=np.full(len(total), math.nan),
             where=known.any(1),
         )
+
+    def ap_of_resamples(
+        self, draws: int, seed: int = 0
+    ) -> NDArray[np.float64]:
+        """AP in each of so many resampled test sets, as :func:`resample`
+        draws them for every run alike.
+
+        It takes seconds, and a run is compared several times, so it is kept.
+
+        Args:
+            draws: Number of draws, B.
+            seed: Of the generator.
+
+        Returns:
+            AP in [0, 1], (B,); NaN in a draw without any object.
+        """
+        key = draws, seed
+        if key not in self._drawn:
+            of_images, _ = draw_counts(len(self.image_ids), 1, draws, seed)
+            self._drawn[key] = self.ap_of_draws(of_images)
+        return self._drawn[key]
 
     def per_image(self, score_thr: float = 0.3) -> NDArray[np.float64]:
         r"""How well each image is detected, to find the best and the worst.
@@ -347,7 +369,8 @@ def draw_counts(
         images: Number of test images, I.
         seeds: Number of seeds, S.
         draws: Number of draws, B.
-        seed: Of the generator; equal seeds draw equal images.
+        seed: Of the generator; equal seeds draw equal images, whatever the
+            number of ``seeds``.
         images_only: Draw each seed once.
 
     Returns:
@@ -387,12 +410,12 @@ def resample(
     _check_arms(arms)
     one = next(_runs(arms))
     seeds = len(next(iter(arms.values())))
-    of_images, of_seeds = draw_counts(
+    _, of_seeds = draw_counts(
         len(one.image_ids), seeds, draws, seed, images_only
     )
     found = {}
     for name, runs in arms.items():
-        ap = np.stack([run.ap_of_draws(of_images) for run in runs], 1)
+        ap = np.stack([run.ap_of_resamples(draws, seed) for run in runs], 1)
         found[name] = (ap * of_seeds).sum(1) / seeds
     return found
 

@@ -359,6 +359,25 @@ def test_the_bootstrap_is_the_quantiles_of_paired_draws(arms):
     assert one.low < one.mean < one.high
 
 
+def test_a_run_of_several_comparisons_is_drawn_once(arms, monkeypatch):
+    a, b = arms[2].values()
+    drawn, plain = [], ImageMatches.ap_of_draws
+
+    def count(run, weights):
+        drawn.append(run)
+        return plain(run, weights)
+
+    monkeypatch.setattr(ImageMatches, 'ap_of_draws', count)
+    one, other = bootstrap(a, b, draws=9), bootstrap(b, a, draws=9)
+    assert drawn == [*a, *b]
+    assert (one.low, one.high) == (-other.high, -other.low)
+    bootstrap(a[:1], b[1:], draws=9)  # other seeds, the same images
+    assert drawn == [*a, *b]
+    bootstrap(a, a, draws=9, seed=1)
+    bootstrap(a, a, draws=8)
+    assert drawn == [*a, *b, *a, *a]
+
+
 def test_identical_arms_differ_by_exactly_nothing(arms):
     _, _, runs = arms
     one = bootstrap(runs['a'], list(runs['a']), draws=100)
