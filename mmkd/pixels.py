@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from mmengine.model import ImgDataPreprocessor
 from torch import Tensor, nn
 
+from mmkd.structures.constants import constant
+
 #: Where a sample's metainfo keeps pixels for the teachers, see :func:`kept`.
 KEPT = 'teacher_img'
 
@@ -69,9 +71,8 @@ class Pixels:
             image: Of 0 to 255 in the order it was loaded in, (3, H, W).
         """
         image = image.flip(0) if self.swapped else image
-        mean, std = image.new_tensor(
-            [self.mean, self.std], dtype=torch.float32
-        )[..., None, None]
+        settings = constant([self.mean, self.std], image, torch.float32)
+        mean, std = settings[..., None, None]
         return (image - mean) / std
 
 
@@ -112,8 +113,10 @@ def kept(
             )
         batch = images.clone() if batch is None else batch
         picture = torch.from_numpy(np.ascontiguousarray(picture))
-        picture = picture.to(images.device).permute(2, 0, 1)
-        batch[index, :, :height, :width] = pixels.normalised(picture)
+        picture = picture.to(images.device, non_blocking=True)
+        batch[index, :, :height, :width] = pixels.normalised(
+            picture.permute(2, 0, 1)
+        )
     return batch
 
 
@@ -155,10 +158,10 @@ def translate(
 
 
 def _renormalise(images: Tensor, source: Pixels, target: Pixels) -> Tensor:
-    mean, std = images.new_tensor([source.mean, source.std]).unbind()
+    mean, std = constant([source.mean, source.std], images).unbind()
     if source.swapped != target.swapped:
         images, mean, std = images.flip(1), mean.flip(0), std.flip(0)
-    to_mean, to_std = images.new_tensor([target.mean, target.std]).unbind()
+    to_mean, to_std = constant([target.mean, target.std], images).unbind()
     scale, shift = std / to_std, (mean - to_mean) / to_std
     return images * scale[:, None, None] + shift[:, None, None]
 

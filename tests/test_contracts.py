@@ -8,7 +8,9 @@ cells, stride 8.
 import copy
 import inspect
 import re
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth
+from mmkd.structures.constants import constant
 from mmkd.terms.feature import FeatureTerm
 
 IMAGES, CHANNELS, CELLS, STRIDE = 2, 8, 16, 8
@@ -368,15 +371,40 @@ def test_loss_weight_scales_every_part(kind):
 
 # Devices ---------------------------------------------------------------------
 
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
-class NothingComesBack(TorchDispatchMode):
-    """Refuses operators that copy from the device to the host."""
+
+class NobodyWaits(TorchDispatchMode):
+    """Refuses copies for which host and device wait for each other.
+
+    Those to the host do, and those to the device unless they say
+    ``non_blocking``: also that of a list of numbers. Libraries are let do it.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        value = func(*args, **(kwargs or {}))
-        if 'cuda' in _devices(args) and 'cpu' in _devices([value]):
+        kwargs = kwargs or {}
+        value = func(*args, **kwargs)
+        before, after = _devices(args), _devices([value])
+        if 'cuda' in before and 'cpu' in after:
             raise RuntimeError(f'{func} copies to the host')
+        if func in COPIES and 'cpu' in before and 'cuda' in after:
+            waits = not kwargs.get('non_blocking', args[2:3] == (True,))
+            if waits and not _is_for_a_library():
+                raise RuntimeError(f'{func} waits for the device')
         return value
+
+
+def _is_for_a_library():
+    """Whether one of OpenMMLab's functions is nearer than any other."""
+    frame = sys._getframe(2)
+    while frame:
+        places = {*Path(frame.f_code.co_filename).parts}
+        if places & {'mmdet', 'mmcv', 'mmengine'}:
+            return True
+        if 'torch' not in places:
+            return False
+        frame = frame.f_back
+    return False
 
 
 def _devices(values):
@@ -385,16 +413,18 @@ def _devices(values):
 
 
 @contextmanager
-def pretended():
+def pretended(watched=True):
     """Tensors of a device that need not be there, without values.
 
     They raise where a value, or a size that depends on one, is asked, and
-    where a tensor of the CPU meets one of the device.
+    where a tensor of the CPU meets one of the device; watched, also where
+    anybody waits.
     """
     # At its first backward pass torch starts threads for the devices it
     # finds, the pretended one too, and could not be forked any more.
     torch.ones(1, requires_grad=True).sum().backward()
-    with FakeTensorMode(), NothingComesBack(), torch.no_grad():
+    watch = NobodyWaits() if watched else nullcontext()
+    with FakeTensorMode(), watch, torch.no_grad():
         yield
 
 
@@ -417,10 +447,12 @@ pretending = pytest.mark.skipif(
 
 @pretending
 def test_nothing_is_read_back_from_the_device(kind):
-    with pretended():
+    with pretended(watched=False):
         with torch.device('cuda'):
             loss, student, teacher = build(kind), maps(kind), maps(kind)
-        value = loss(student, teacher, ground_truth(device='cuda'))
+        gt = ground_truth(device='cuda')
+        with NobodyWaits():
+            value = loss(student, teacher, gt)
         assert total(value).device.type == 'cuda'
 
 
@@ -442,13 +474,40 @@ def test_nothing_is_read_back_from_the_device(kind):
         lambda boxes: boxes.repeat_interleave(boxes[:, 0].int(), 0),
         lambda boxes: [0 for one in boxes if one[0] > 8],
         lambda boxes: boxes + torch.arange(4),
+        lambda boxes: boxes.new_tensor([1.0, 2.0]),
+        lambda boxes: boxes.new_tensor(1.0),
+        lambda boxes: torch.tensor([1.0], device=boxes.device),
+        lambda boxes: torch.as_tensor([1.0], device=boxes.device),
+        lambda boxes: torch.arange(4).to(boxes.device),
+        lambda boxes: torch.arange(4).to(boxes),
+        lambda boxes: boxes[:, [0, 1]],
+        lambda boxes: boxes[:, [True, False, True, True]],
+        lambda boxes: boxes.copy_(torch.ones(4, 4)),
+        lambda boxes: boxes.__setitem__([0, 1], 1.0),
     ],
 )
-def test_every_way_of_reading_a_value_would_be_noticed(read):
+def test_every_way_of_waiting_would_be_noticed(read):
     with pretended():
         boxes = torch.rand(4, 4, device='cuda')
         with pytest.raises(RuntimeError, match=r'aten\.|device'):
             read(boxes)
+
+
+@pretending
+@pytest.mark.parametrize(
+    'place',
+    [
+        lambda boxes: constant([1.0, 2.0], boxes),
+        lambda boxes: boxes.new_full((), 1.0),
+        lambda boxes: torch.arange(4).to(boxes.device, non_blocking=True),
+        lambda boxes: boxes.clone().copy_(torch.ones(4, 4), True),
+        lambda boxes: torch.where(boxes > 0, 1.0, 2 * boxes),
+    ],
+)
+def test_what_does_not_wait_is_let_pass(place):
+    with pretended():
+        boxes = torch.rand(4, 4, device='cuda')
+        assert place(boxes).device.type == 'cuda'
 
 
 class Count(TorchDispatchMode):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from test_contracts import pretended, pretending
 from torch import nn
 
 from mmkd.pixels import Pixels, kept, translate, valid_area
@@ -157,6 +158,15 @@ def test_valid_area_is_one_where_there_are_pixels():
     expected[0, 0, :2, :3] = True
     expected[1, 0, :, :1] = True
     assert torch.equal(area, expected)
+
+
+@pretending
+def test_nobody_waits_for_means_to_arrive():
+    source, target = of(RGB), of(CAFFE)
+    with pretended():
+        images = torch.empty(2, 3, 64, 96, device='cuda')
+        found = translate(images, SHAPES, source, target)
+        assert found.device.type == 'cuda'
 
 
 # Pixels kept for teachers ----------------------------------------------------

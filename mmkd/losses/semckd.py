@@ -24,6 +24,7 @@ from mmkd.ops.masks import (
 from mmkd.ops.numeric import as_float, full_precision, unit, zero_of
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth
+from mmkd.structures.constants import constant
 
 RELATIONS = ('grid', 'batch')
 
@@ -271,7 +272,7 @@ class SemCKDLoss(nn.Module):
             return scores.softmax(2)
         self._check_pairs(allowed)
         barred = [[0.0 if one else -torch.inf for one in x] for x in allowed]
-        return (scores + scores.new_tensor(barred)).softmax(2)
+        return (scores + constant(barred, scores)).softmax(2)
 
     def _embed(
         self,

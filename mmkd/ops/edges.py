@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkd.structures.constants import constant
+
 #: Which of x1 y1 x2 y2 each of left, top, right and bottom is; away from the
 #: centre coordinates fall or grow.
 SIGNS = (-1.0, -1.0, 1.0, 1.0)
@@ -35,7 +37,7 @@ def bin_places(origins: Tensor, steps: Tensor, count: int) -> Tensor:
         [[[8.0, 6.0, 4.0], [9.0, 8.0, 7.0], [8.0, 10.0, 12.0], [9.0, 10.0, 11.0]]]
     """  # noqa: E501 - what Python prints
     bins = torch.arange(count, device=origins.device, dtype=origins.dtype)
-    away = steps.repeat(1, 2) * steps.new_tensor(SIGNS)  # M, 4
+    away = steps.repeat(1, 2) * constant(SIGNS, steps)  # M, 4
     return origins.repeat(1, 2)[..., None] + away[..., None] * bins
 
 
@@ -58,7 +60,7 @@ def on_bins(
     Returns:
         (M, 4, B), of sum 1.
     """
-    signs = steps.new_tensor(SIGNS)[:, None]
+    signs = constant(SIGNS, steps)[:, None]
     apart = (places - origins.repeat(1, 2)[..., None]) * signs
     bins = (apart / steps[:, None, None]).clamp(0, count - 1)
     low = bins.floor()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkd.ops.numeric import as_float, full_precision
+from mmkd.structures.constants import constant
 
 #: From the four cells of a square, row by row, to their sum and the
 #: differences of columns, of rows, and of diagonals. It is its own inverse.
@@ -69,4 +70,4 @@ def unhaar(
 def _mix(cells: Tensor) -> Tensor:
     """From squares to bands and back, (N, C, 4, h, w) → same."""
     with full_precision(cells):
-        return torch.einsum('bk,nckhw->ncbhw', cells.new_tensor(HAAR), cells)
+        return torch.einsum('bk,nckhw->ncbhw', constant(HAAR, cells), cells)

@@ -11,6 +11,8 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from mmkd.structures.constants import constant
+
 
 @dataclass(frozen=True)
 class GroundTruth:
@@ -60,11 +62,11 @@ class GroundTruth:
         """How many boxes of the same image stand before each, (M,)."""
         return (self.image[:, None] == self.image).tril(-1).sum(1)
 
-    @property
+    @cached_property
     def image_sizes(self) -> Tensor:
         """Width and height of each image before padding, (N, 2)."""
         sizes = [(width, height) for height, width in self.image_shapes]
-        return torch.tensor(sizes, device=self.boxes.device)
+        return constant(sizes, self.boxes, torch.long)
 
     def spread(self, values: Tensor) -> Tensor:
         """Image by image what is said of each box, (M, …) → (N, most, …).
@@ -186,7 +188,7 @@ def places(labels: Tensor, kept: Sequence[int], other: int = -1) -> Tensor:
         >>> places(torch.tensor([5, 3, 4]), (3, 5), other=9)
         tensor([1, 0, 9])
     """
-    match = labels[:, None] == labels.new_tensor(kept)
+    match = labels[:, None] == constant(kept, labels)
     # Not argmax of all, which is the first where none matches.
     return torch.where(match.any(1), match.int().argmax(1), other)
 

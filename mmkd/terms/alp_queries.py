@@ -15,6 +15,7 @@ from mmkd.ops.matching import pick_queries
 from mmkd.ops.numeric import as_float, full_precision
 from mmkd.registry import MODELS
 from mmkd.structures import Outputs, Step
+from mmkd.structures.constants import constant
 from mmkd.terms.queries import answers, bind_queries, question
 from mmkd.terms.query_matching import (
     Objects,
@@ -168,7 +169,9 @@ class ALPQueryTerm(Term):
                 found.append(there[0])
             weight = found[0] & found[1]
         own, other = (
-            one if layers is None else one[list(layers)]
+            one
+            if layers is None
+            else one[constant(list(layers), one, torch.long)]
             for one, layers in zip(states, self.layers)
         )
         return own, other, weight

@@ -18,6 +18,7 @@ from mmkd.ops.scores import check_class_maps
 from mmkd.pixels import Pixels
 from mmkd.registry import MODELS
 from mmkd.structures import Step
+from mmkd.structures.constants import constant
 from mmkd.taps import resolve
 from mmkd.terms.decoding import check_decodable, check_same_anchors
 from mmkd.terms.showing import (
@@ -279,7 +280,7 @@ class BackwardPassTerm(Term):
             height, width = own.size
             pairs = zip(own.boxes(), other.boxes())
             for level, (one, like) in enumerate(pairs):
-                sides = one.new_tensor([width, height, width, height])
+                sides = constant([width, height, width, height], one)
                 error = (one - _target(like, climb)) / sides[:, None, None]
                 errors[level] = errors[level] + error.abs().sum(2)
         return errors

@@ -13,6 +13,7 @@ from mmkd.checks import check_name, check_positive
 from mmkd.ops.gradients import gradient
 from mmkd.registry import MODELS
 from mmkd.structures import Step
+from mmkd.structures.constants import constant
 from mmkd.taps import maps_of
 from mmkd.terms.group import GroupTerm, parts_of
 
@@ -118,7 +119,7 @@ class BalancedTerm(GroupTerm):
 
     def weights(self) -> Tensor:
         """Present weights of the terms, (K,), without gradient."""
-        share = self.norms.new_tensor(list(self.share.values()))
+        share = constant(list(self.share.values()), self.norms)
         ratio = share * self.detection_norm / self.norms
         return torch.where(self.norms > 0, ratio, torch.zeros_like(ratio))
 

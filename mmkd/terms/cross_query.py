@@ -146,7 +146,7 @@ class CrossQueryTerm(Term):
         found = bckd_class_loss(
             logits.flatten(0, 2), targets.flatten(0, 2), self.power
         )
-        objects = found.new_tensor(float(len(step.gt.labels)))
+        objects = found.new_full((), len(step.gt.labels))
         return found.sum() / reduce_mean(objects).clamp(min=1)
 
     def _crossed(

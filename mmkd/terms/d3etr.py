@@ -18,6 +18,7 @@ from mmkd.ops.matching import pick_queries
 from mmkd.ops.numeric import as_float, full_precision
 from mmkd.registry import MODELS
 from mmkd.structures import Outputs, Step
+from mmkd.structures.constants import constant
 from mmkd.taps import crop, recording
 from mmkd.terms.mlkd_bert import uniform_map
 from mmkd.terms.queries import (
@@ -156,8 +157,9 @@ class D3ETRTerm(Term):
         own, other = answers(step.student), answers(shown).detach()
         layers = uniform_map(len(own.boxes), len(other.boxes))
         other = of_layers(other, layers)
+        places = constant(layers, other.boxes, torch.long)
         targets = {
-            kind: attention_maps(shown, kind)[layers].detach()
+            kind: attention_maps(shown, kind)[places].detach()
             for kind in self._kinds()
         }
         if CROSS in targets:

@@ -14,7 +14,7 @@ from mmdet.models.dense_heads import (
     VFNetHead,
     YOLOXHead,
 )
-from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
+from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
 from mmkd.ops.numeric import as_float
@@ -132,16 +132,27 @@ def giou_error(student: Tensor, teacher: Tensor, axis: int = -1) -> Tensor:
     Returns:
         In [0, 2], of that shape without the axis.
     """
-    boxes = [_upright(one.movedim(axis, -1)) for one in (student, teacher)]
-    shape = boxes[0].shape[:-1]
-    boxes = [one.reshape(-1, 4) for one in boxes]
-    # Torchvision's loss selects by a mask, which waits for the device.
-    return 1 - bbox_overlaps(*boxes, mode='giou', is_aligned=True).view(shape)
+    # Torchvision's loss selects by a mask and mmdet's copies a number: both
+    # wait for the device.
+    (low, high), (low2, high2) = (
+        _upright(one.movedim(axis, -1)) for one in (student, teacher)
+    )
+    areas = _area(low, high) + _area(low2, high2)
+    common = _area(torch.maximum(low, low2), torch.minimum(high, high2))
+    hull = _area(torch.minimum(low, low2), torch.maximum(high, high2))
+    union, hull = (one.clamp(min=1e-6) for one in (areas - common, hull))
+    return 1 - (common / union - (hull - union) / hull)
 
 
-def _upright(boxes: Tensor) -> Tensor:
+def _upright(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Corners x1 y1, and x2 y2 that are nowhere below them."""
     low, high = boxes.chunk(2, -1)
-    return torch.cat([low, torch.maximum(low, high)], -1)
+    return low, torch.maximum(low, high)
+
+
+def _area(low: Tensor, high: Tensor) -> Tensor:
+    width, height = (high - low).clamp(min=0).unbind(-1)
+    return width * height
 
 
 def _corners(

@@ -341,7 +341,7 @@ def assigned_loss(
     positive = owner >= 0
     place = owner.clamp(min=0)
     labels = objects.labels.gather(1, place)
-    labels = labels.where(positive, labels.new_tensor(head.num_classes))
+    labels = labels.where(positive, labels.new_full((), head.num_classes))
     targets = pick_queries(objects.boxes, place)
     weight = positive[..., None].expand_as(boxes).to(boxes)
     own, like = (corners(one).flatten(0, 1) for one in (boxes, targets))

@@ -15,6 +15,7 @@ from mmkd.classes import class_channels
 from mmkd.ops.masks import equal_weight
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Outputs, Step
+from mmkd.structures.constants import constant
 from mmkd.taps import crop, maps_of, pick_levels, resolve
 from mmkd.terms.classifier import classifier_weight, readers
 from mmkd.terms.queries import HEAD, asks
@@ -322,7 +323,7 @@ class Scores(NamedTuple):
             channels = class_channels(
                 one.shape[1], self.width, self.classes, self.shared
             )
-            index = torch.tensor(channels, device=one.device)
+            index = constant(channels, one, torch.long)
             picked.append(one.index_select(1, index))
         return tuple(picked)
 

@@ -150,7 +150,8 @@ def _sample(
         )
     )
     boxes, labels, ignored = (
-        kept[key].to(device) for key in ('boxes', 'labels', 'ignored')
+        kept[key].to(device, non_blocking=True)
+        for key in ('boxes', 'labels', 'ignored')
     )
     sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
     sample.ignored_instances = InstanceData(

@@ -16,6 +16,7 @@ from mmkd.ops.masks import box_spans, valid_mask
 from mmkd.ops.numeric import as_float, one_hot
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Step
+from mmkd.structures.constants import constant
 from mmkd.structures.ground_truth import labelled
 from mmkd.taps import maps_of
 from mmkd.teachers import fed, still_statistics
@@ -367,7 +368,7 @@ def describe(
     there = gt.spread(torch.ones_like(gt.image, dtype=torch.bool))
     told = torch.cat([sides, classes], 2)
     if context:
-        every = F.pad(told.new_tensor([[[0.0, 0, 1, 1]]]), (0, num_classes))
+        every = F.pad(constant([[[0.0, 0, 1, 1]]], told), (0, num_classes))
         told = torch.cat([told, every.expand(len(told), -1, -1)], 1)
         there = F.pad(there, (0, 1), value=True)
     return 2 * told - 1, there

@@ -24,6 +24,7 @@ from mmkd.ops.relations import relation_divergence
 from mmkd.ops.windows import grid_tokens
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Outputs, Step
+from mmkd.structures.constants import constant
 from mmkd.taps import crop, maps_of
 from mmkd.terms.mlkd_bert import uniform_map
 from mmkd.terms.queries import answers, bind_queries, own_queries
@@ -224,7 +225,9 @@ class MLKDBertQueryLayersTerm(Term):
         index, found = assign(
             pairwise_box_cost(own.boxes[-1], other.boxes[-1], **self.costs)
         )
-        layers = uniform_map(len(own.states), len(other.states))
+        layers = constant(
+            uniform_map(len(own.states), len(other.states)), index
+        )
         heads = zip(_own_heads(student), _own_heads(shown)[layers].detach())
         states = zip(own.states, other.states[layers])
         return {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmkd.checks import check_fraction, check_name
 from mmkd.registry import MODELS
 from mmkd.structures import Step
+from mmkd.structures.constants import constant
 from mmkd.structures.ground_truth import labelled
 from mmkd.teachers import detections, fed, still_statistics
 from mmkd.terms.balanced import detection_loss
@@ -170,7 +171,7 @@ class PredictedBoxTerm(Term):
         count = sum(map(len, found)) / len(found)
         return dict(
             task=self.loss_weight * detection_loss(losses),
-            watch_found=step.images.new_tensor(count),
+            watch_found=step.images.new_full((), count),
         )
 
     def _tell(self, some: bool) -> None:
@@ -216,7 +217,7 @@ class PredictedBoxTerm(Term):
         for one, sample in zip(every, own):
             one.bboxes = _inside(one.bboxes, sample, step.images)
             if self.shared is not None:
-                one.labels = one.labels.new_tensor(self.shared)[one.labels]
+                one.labels = constant(self.shared, one.labels)[one.labels]
         counted = [
             self._counts(one, sample) for one, sample in zip(every, own)
         ]
@@ -275,7 +276,11 @@ def _picked(
     first, last = wanted[0], wanted[-1] + 1
     # Side by side, as a rule: a slice needs no copy.
     near = len(wanted) == last - first
-    part = slice(first, last) if near else list(wanted)
+    part = (
+        slice(first, last)
+        if near
+        else constant(list(wanted), images, torch.long)
+    )
     return tuple(one[part] for one in maps), images[part]
 
 
@@ -283,7 +288,7 @@ def _inside(boxes: Tensor, sample: Any, images: Tensor) -> Tensor:
     """Boxes cut off at the edges of the image, as annotations are."""
     shape = sample.metainfo.get('img_shape', images.shape[-2:])
     height, width = shape[:2]
-    most = boxes.new_tensor((width, height, width, height))
+    most = constant((width, height, width, height), boxes)
     return torch.minimum(boxes.clamp(min=0), most)
 
 

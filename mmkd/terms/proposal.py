@@ -15,6 +15,7 @@ from mmkd.checks import check_name
 from mmkd.ops.numeric import as_float, zero_of
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Outputs, Step
+from mmkd.structures.constants import constant
 from mmkd.structures.ground_truth import places
 from mmkd.taps import maps_of
 from mmkd.terms.decoding import giou_error
@@ -391,7 +392,7 @@ class ProposalTerm(SecondStageTerm):
         """
         if self.shared is None:
             return student, teacher, labels
-        kept = labels.new_tensor([*self.shared, count])
+        kept = constant([*self.shared, count], labels)
         background = len(self.shared)
         return (
             student.index_select(1, kept),

@@ -21,6 +21,7 @@ from mmkd.ops.matching import (
 )
 from mmkd.ops.numeric import as_float
 from mmkd.structures import GroundTruth, Outputs
+from mmkd.structures.constants import constant
 from mmkd.taps import maps_of
 from mmkd.terms.queries import DECODER, ENCODER, Answers, question
 
@@ -65,7 +66,7 @@ class Objects:
 
 def of_layers(found: Answers, layers: Sequence[int]) -> Answers:
     """What some layers answer, one for each that is named."""
-    index = torch.tensor(layers, device=found.boxes.device)
+    index = constant(layers, found.boxes, torch.long)
     return replace(
         found,
         logits=found.logits[index],
@@ -188,7 +189,7 @@ def match_objects(
     layers, images, queries, _ = found.boxes.shape
     owner = query.new_full((layers, images, queries + 1), -1)
     place = torch.arange(query.shape[2], device=query.device).expand_as(query)
-    owner.scatter_(2, query.where(taken, query.new_tensor(queries)), place)
+    owner.scatter_(2, query.where(taken, query.new_full((), queries)), place)
     return owner[..., :queries].contiguous()
 
 

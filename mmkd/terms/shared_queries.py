@@ -17,6 +17,7 @@ from mmkd.losses.query import (
 from mmkd.ops.numeric import full_precision
 from mmkd.registry import MODELS
 from mmkd.structures import Outputs, Step
+from mmkd.structures.constants import constant
 from mmkd.terms.mlkd_bert import uniform_map
 from mmkd.terms.queries import (
     Answers,
@@ -197,7 +198,11 @@ def answer_distances(
             f"teacher's {teacher_classes.shape[-1]}. Choose a teacher of the "
             f'same classes, or a term on features.'
         )
-    places = uniform_map(len(student.boxes), len(teacher.boxes))
+    places = constant(
+        uniform_map(len(student.boxes), len(teacher.boxes)),
+        teacher.boxes,
+        torch.long,
+    )
     with full_precision(student.boxes):
         classes = query_class_divergence(
             student_classes, teacher_classes[places], softmax, temperature

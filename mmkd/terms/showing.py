@@ -17,6 +17,7 @@ from mmkd.ops.numeric import as_float
 from mmkd.ops.scores import class_probs
 from mmkd.pixels import Pixels, valid_area
 from mmkd.structures import Outputs, Step
+from mmkd.structures.constants import constant
 from mmkd.taps import crop, maps_of, recording, resolve
 from mmkd.teachers import run_detector
 from mmkd.terms.decoding import decode
@@ -89,7 +90,7 @@ def changed(images: Tensor, change: Tensor, pixels: Pixels) -> Tensor:
 
 
 def _settings(images: Tensor, pixels: Pixels) -> tuple[Tensor, Tensor]:
-    settings = images.new_tensor([pixels.mean, pixels.std])
+    settings = constant([pixels.mean, pixels.std], images)
     mean, std = settings[:, :, None, None].unbind()
     return mean, std
 

@@ -18,6 +18,7 @@ from mmkd.ops.numeric import as_float
 from mmkd.ops.scores import bernoulli_divergence
 from mmkd.registry import MODELS
 from mmkd.structures import Step
+from mmkd.structures.constants import constant
 from mmkd.taps import maps_of, resolve
 from mmkd.terms.decoding import (
     anchors_of,
@@ -273,16 +274,16 @@ class StoredPredictionTerm(Term):
             ]
         )
         device = step.images.device
-        given = InstanceData.cat(found).to(device)
-        return given, image.to(device)
+        given = InstanceData.cat(found).to(device, non_blocking=True)
+        return given, image.to(device, non_blocking=True)
 
     def _cells(
         self, head: nn.Module, maps: Sequence[Tensor], given: InstanceData
     ) -> Tensor:
         """The cell of each prediction, counted over all levels, (M,)."""
         near, strides = self._levels(head, len(maps), given)
-        sizes = given.labels.new_tensor(
-            [tuple(one.shape[-2:])[::-1] for one in maps]
+        sizes = constant(
+            [tuple(one.shape[-2:])[::-1] for one in maps], given.labels
         )
         first = sizes.prod(1).cumsum(0) - sizes.prod(1)
         cell = (given.points / strides[near, None]).long()
@@ -293,8 +294,8 @@ class StoredPredictionTerm(Term):
         self, head: nn.Module, count: int, given: InstanceData
     ) -> tuple[Tensor, Tensor]:
         """The level of each prediction, (M,), and the stride of each level."""
-        strides = given.points.new_tensor(
-            [stride_of(head, level) for level in range(count)]
+        strides = constant(
+            [stride_of(head, level) for level in range(count)], given.points
         )
         apart = given.strides.log()[:, None] - strides.log()
         return apart.abs().argmin(1), strides

@@ -337,7 +337,7 @@ class TeacherAttentionTerm(Term):
         now = self.temperature(step.progress)
         for loss in self._warm():
             loss.temperature = now
-        return step.images.new_tensor(now)
+        return step.images.new_full((), now)
 
     def _weigh(self, step: Step) -> Tensor:
         """Logarithms of the teachers' weights, (N, M)."""

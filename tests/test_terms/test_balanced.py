@@ -3,6 +3,7 @@ import copy
 import pytest
 import tiny
 import torch
+from test_contracts import pretended, pretending
 
 from mmkd.losses.mimic import mimic_loss
 from mmkd.structures import Step
@@ -142,6 +143,16 @@ def test_a_broken_measurement_is_passed_over(maps):
 def test_before_the_first_measurement_nothing_counts(maps):
     parts = BalancedTerm(dict(mimic=MIMIC))(step_of(maps, iteration=7))
     assert parts['mimic'] == 0
+
+
+@pretending
+def test_weights_do_not_wait_for_the_device():
+    term = BalancedTerm(dict(mimic=MIMIC))
+    with pretended():
+        for name in ('detection_norm', 'norms'):
+            there = torch.empty(getattr(term, name).shape, device='cuda')
+            term._buffers[name] = there
+        assert term.weights().device.type == 'cuda'
 
 
 def test_a_dry_pass_measures_nothing(maps):
