@@ -545,6 +545,7 @@ class Comparison:
         them."""
         trials, setting = self.trials, self.setting
         taught = metrics(trials.matches(self.teacher))
+        trained = self._trained(trials)
         return dict(
             title=setting.title,
             note=setting.note,
@@ -575,8 +576,7 @@ class Comparison:
                 code={
                     'teacher': code_digest(self.teacher.settings),
                     **{
-                        arm.name: code_digest(arm.settings)
-                        for arm in trials.arms
+                        name: code_digest(one) for name, one in trained.items()
                     },
                 },
                 config={
@@ -592,7 +592,7 @@ class Comparison:
                 data=self.data | self.photographs,
             ),
             share=setting.share,
-            sources={arm.name: sources(arm.settings) for arm in trials.arms},
+            sources={name: sources(one) for name, one in trained.items()},
             verified={
                 arm.name: found
                 for arm in trials.arms
@@ -608,6 +608,13 @@ class Comparison:
                 if run.stale
             ],
         )
+
+    def _trained(self, trials: Trials) -> dict[str, Config]:
+        """What was trained of each arm, for one seed: the choice of labels
+        brings a data set and a sampler of its own."""
+        return {
+            arm.name: self._seeded(arm, trials.seeds[0]) for arm in trials.arms
+        }
 
     def _validated(self, tested: float) -> float | None:
         """The teacher's AP on the images that the curves are of, if it is

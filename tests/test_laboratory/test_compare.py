@@ -301,6 +301,19 @@ def test_a_shuffled_teacher_is_made_where_it_is_asked_for(comparison):
     assert model.teachers['teacher'].loaded
 
 
+def test_a_report_names_the_code_that_a_run_is_made_with(comparison):
+    """That of the data set and sampler, too, which the labels bring."""
+    comparison.setting.update(
+        arms=['alone', 'unlabelled'], methods=['pkd'], labels=2
+    )
+    trials = comparison._trials()
+    for name, settings in comparison._trained(trials).items():
+        code = trials.runs[name, 0].keys['code']
+        assert compare.code_digest(settings) == code
+    unseeded = {arm.name: arm.settings for arm in trials.arms}
+    assert compare.code_digest(unseeded['pkd_unlabelled']) != code
+
+
 def test_images_without_labels_are_an_arm_where_it_is_asked_for(comparison):
     comparison.setting.arms = [*compare.ARMS, 'unlabelled']
     comparison.setting.methods = ['pkd']
