@@ -475,13 +475,16 @@ class Comparison:
         Raises:
             RuntimeError: If a repeat differs.
         """
-        repeats, differ = {}, []
+        repeats, differ, known = {}, [], set()
         with ThreadPoolExecutor(self.options.jobs) as pool:
             for arm in self.trials.arms:
                 runs = [
                     self.trials.runs[arm.name, seed]
                     for seed in self.setting.seeds
                 ]
+                if runs[0].folder in known:  # another arm's runs
+                    continue
+                known.add(runs[0].folder)
                 if any(by_code_alone(run) for run in runs):
                     repeats[arm.name] = pool.submit(
                         copy_context().run, self._repeat, arm, runs

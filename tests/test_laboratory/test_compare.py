@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 import time
-from signal import SIGINT, pthread_kill
+from signal import SIGINT, default_int_handler, pthread_kill, signal
 from threading import Barrier, Semaphore, main_thread
 
 import pytest
@@ -505,6 +505,25 @@ def test_as_many_arms_are_repeated_at_a_time_as_there_are_jobs(
         stale.run()
 
 
+def test_runs_that_two_arms_share_are_repeated_once(stale, monkeypatch):
+    stale.setting.update(arms=['alone', 'time', 'unlabelled'], labels=2)
+    trials = stale._trials()
+    assert [arm.name for arm in trials.arms][:2] == ['alone', 'alone_x1.00']
+    run = trials.runs['alone_x1.00', 0]
+    assert run is trials.runs['alone', 0]
+    run.keys['code'] = 'earlier'
+    run.predictions.parent.mkdir(parents=True)
+    for file in (run.final, run.predictions):
+        file.write_text('')
+    run.sign()
+    asked = []
+    monkeypatch.setattr(
+        compare, 'verify', lambda runs, *how: asked.append(runs[0].name)
+    )
+    stale.run()
+    assert asked == ['student alone, seed 0']
+
+
 def test_broken_off_no_further_arm_is_repeated(stale, monkeypatch):
     begun = []
 
@@ -515,8 +534,12 @@ def test_broken_off_no_further_arm_is_repeated(stale, monkeypatch):
 
     stale.options.jobs = 1
     monkeypatch.setattr(compare, 'verify', repeat)
-    with pytest.raises(KeyboardInterrupt):
-        stale.run()
+    before = signal(SIGINT, default_int_handler)  # pytest-xdist ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stale.run()
+    finally:
+        signal(SIGINT, before)
     assert begun == ['pkd, seed 0']
 
 
