@@ -475,7 +475,7 @@ class Comparison:
         Raises:
             RuntimeError: If a repeat differs.
         """
-        repeats, differ, known = {}, [], set()
+        repeats, differ, known = [], [], set()
         with ThreadPoolExecutor(self.options.jobs) as pool:
             for arm in self.trials.arms:
                 runs = [
@@ -486,9 +486,8 @@ class Comparison:
                     continue
                 known.add(runs[0].folder)
                 if any(by_code_alone(run) for run in runs):
-                    repeats[arm.name] = pool.submit(
-                        copy_context().run, self._repeat, arm, runs
-                    )
+                    repeat = copy_context().run, self._repeat, arm, runs
+                    repeats.append((arm, pool.submit(*repeat)))
                     continue
                 why = {run.why_stale(): None for run in runs if run.stale}
                 if why:
@@ -498,9 +497,9 @@ class Comparison:
                         f'without --verify trains it anew.'
                     )
             try:
-                for name, repeat in repeats.items():
+                for arm, repeat in repeats:
                     if (found := repeat.result()) is None:
-                        self._keep_pace(name)
+                        self._keep_pace(arm)
                     else:
                         differ.append(found)
             except BaseException:  # those at work end, no other begins
@@ -516,12 +515,11 @@ class Comparison:
         print(f'{arm.title}: repeating {self.options.verify} steps ...')
         return verify(runs, self.options.verify)
 
-    def _keep_pace(self, name: str) -> None:
+    def _keep_pace(self, arm: Arm) -> None:
         path = self.folder / 'pace.json'
         known = json.loads(path.read_text())
-        if name in known:  # controls are not timed
-            (arm,) = (one for one in self.trials.arms if one.name == name)
-            known[name]['key'] = self._pace_key(arm)
+        if arm.name in known:  # controls are not timed
+            known[arm.name]['key'] = self._pace_key(arm)
         with whole(path) as part:
             part.write_text(json.dumps(known, indent=1))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mmkd.analysis.facts import METHODS
 from mmkd.analysis.report import headline
 from mmkd.analysis.statistics import holm, paired_interval, paired_p
 from mmkd.analysis.verdict import outcome
@@ -67,8 +68,6 @@ alone, in equal time (with 95 % interval) and in equal steps, to the teacher.
 
 #: The default recipe's arms, the one that counts for a setting first.
 NAMES = (DEFAULT, f'{DEFAULT_PREDICTED}{UNLABELLED}')
-#: Kinds of arms that are taught.
-TAUGHT = ('distilled', 'inherited')
 #: Of the default recipe's lead over another method.
 LED = {
     'helps': 'ahead of',
@@ -187,7 +186,7 @@ def section(results: Mapping[str, Any], name: str) -> str:
     rows = [
         _row(results, arm, stale(results, arm['name']), leads)
         for arm in arms.values()
-        if arm['kind'] in TAUGHT
+        if arm['kind'] in METHODS
     ]
     lead = 'lead of the default | ' if leads else ''
     alone = next(arm for arm in arms.values() if arm['kind'] == 'alone')
@@ -270,7 +269,7 @@ def _leads(results: Mapping[str, Any]) -> dict[str, dict]:
             if run['metrics'] and run['metrics'].get('AP') is not None
         }
         for arm in results['arms']
-        if arm['kind'] in TAUGHT
+        if arm['kind'] in METHODS
     }
     default = next((scores.pop(one) for one in NAMES if one in scores), {})
     found = {}
