@@ -266,6 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rounds=options.rounds,
             images=options.images,
             threads=options.threads,
+            **dict(zip(('height', 'width'), options.size or ())),
+            **({} if options.budget is None else dict(budget=options.budget)),
         )
         with (
             trusting(*options.trust_checkpoint),

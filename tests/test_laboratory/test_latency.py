@@ -164,8 +164,13 @@ def test_what_is_missing_says_what_to_type(files, capsys):
     config.dump('gone.py')
     assert main(['gone.py']) == 1
     assert '--size HEIGHT WIDTH' in capsys.readouterr().err
-    assert main(['plain.py', '--rounds', '0']) == 1
-    assert 'rounds > 0' in capsys.readouterr().err
+    for words, said in (
+        (['--rounds', '0'], 'rounds > 0'),
+        (['--size', '0', '64'], 'height > 0'),
+        (['--budget', '-1'], 'budget > 0'),
+    ):
+        assert main(['plain.py', *words]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_images_come_from_all_over_the_set(files):
