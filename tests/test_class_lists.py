@@ -17,10 +17,10 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 from mmkd.classes import pick_classes, with_classes
+from mmkd.ops.boxes import giou_error
 from mmkd.registry import DETECTORS
 from mmkd.taps import maps_of, recording
 from mmkd.teachers import Teacher, run_detector
-from mmkd.terms.decoding import giou_error
 
 #: Of the data, and of a teacher that knows more of them.
 OWN = ('cat', 'dog', 'cow')

@@ -371,6 +371,8 @@ def test_loss_weight_scales_every_part(kind):
 
 # Devices ---------------------------------------------------------------------
 
+#: What a value, or a size that depends on one, is asked by.
+ASKING = {'aten::_local_scalar_dense', 'aten::nonzero'}
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
@@ -443,6 +445,46 @@ pretending = pytest.mark.skipif(
     reason=f'torch {torch.__version__} asks for a GPU even where no tensor '
     f'holds a value',
 )
+
+
+def test_no_gradient_is_read_back_from_the_device(kind):
+    """On the CPU, where torch asks as well: that of ``prod`` counts zeros."""
+    student = apply(maps(kind), torch.Tensor.requires_grad_)
+    loss = total(build(kind)(student, maps(kind), ground_truth()))
+    assert not asked(loss.backward)
+
+
+@pytest.mark.parametrize(
+    'forward',
+    [
+        lambda boxes: boxes.prod(1),
+        lambda boxes: boxes[boxes[:, 0] > 0],
+        lambda boxes: boxes * WithItem.apply(boxes),
+    ],
+)
+def test_a_gradient_that_reads_would_be_noticed(forward):
+    boxes = torch.rand(4, 4, requires_grad=True)
+    assert asked(forward(boxes).sum().backward)
+    assert not asked((boxes[:, 0] * boxes[:, 1]).sum().backward)
+
+
+class WithItem(torch.autograd.Function):
+    """Asks for the mean of a gradient."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * grad.mean().item()
+
+
+def asked(run):
+    """What torch asked a device for while a function ran."""
+    with torch.profiler.profile() as seen:
+        run()
+    return {one.name for one in seen.events()} & ASKING
 
 
 @pretending

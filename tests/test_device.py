@@ -15,8 +15,9 @@ import rotation
 import taught_by
 import torch
 from taught_by import batch, counting, go_to, moment, taught
-from test_contracts import pretended, pretending
+from test_contracts import asked, pretended, pretending
 from test_term_contracts import PATHS
+from torch.utils._pytree import tree_leaves
 
 from mmkd.ops import matching
 from mmkd.structures.nested import apply
@@ -138,6 +139,20 @@ def test_no_term_reads_from_the_device(path, weights, hub, nobody_waits):
             except RuntimeError as error:
                 if not _is_theirs(error):
                     raise
+
+
+@pytest.mark.parametrize(
+    'path',
+    [pytest.param(path, id=path.stem, marks=MARKS[path]) for path in PATHS],
+)
+def test_no_gradient_of_a_term_reads_from_the_device(path, weights, hub):
+    """On the CPU, where torch asks as well: that of ``prod`` counts zeros."""
+    student = taught(path, weights)
+    go_to(hub, moment(student.phases))
+    step = step_of(student)
+    values = [student.terms[name](step) for name in counting(student)]
+    loss = sum(tree_leaves(values))
+    assert not asked(loss.backward)
 
 
 def _is_theirs(error):

@@ -7,6 +7,7 @@ import tiny
 import torch
 from mmdet.models import RetinaNet
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from test_contracts import pretending
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,6 +26,7 @@ def weights(teacher_file):
 
 
 def teacher(checkpoint=None, **settings):
+    init_default_scope('mmdet')
     settings.setdefault('config', dict(model=tiny.retinanet(base=16)))
     one = Teacher(checkpoint=checkpoint, name='big', **settings)
     one.tap('neck')

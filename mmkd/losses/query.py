@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkd.ops.matching import corners, giou
+from mmkd.ops.boxes import corners, giou_error
 from mmkd.ops.numeric import as_float
 
 
@@ -71,7 +71,7 @@ def query_box_errors(
     """
     student, teacher = as_float(student), as_float(teacher)
     l1 = (student - teacher).abs().sum(-1)
-    return l1, 1 - giou(corners(student), corners(teacher))
+    return l1, giou_error(corners(student), corners(teacher))
 
 
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:

@@ -7,82 +7,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from mmkd.ops.boxes import corners, giou
 from mmkd.ops.numeric import as_float, full_precision
-
-
-def corners(boxes: Tensor) -> Tensor:
-    """Corners of boxes that are given by centre and size.
-
-    Args:
-        boxes: Centre x, y, width, height, (…, 4).
-
-    Returns:
-        x1 y1 x2 y2, of that shape, float32.
-
-    Example:
-        >>> corners(torch.tensor([0.5, 0.5, 0.5, 1.0])).tolist()
-        [0.25, 0.0, 0.75, 1.0]
-    """
-    centre, size = as_float(boxes).split(2, -1)
-    return torch.cat([centre - size / 2, centre + size / 2], -1)
-
-
-def giou(first: Tensor, second: Tensor, eps: float = 1e-7) -> Tensor:
-    r"""Generalised IoU of boxes, wherever two shapes can be broadcast.
-
-    .. math:: \frac{|A \cap B|}{|A \cup B|}
-              - \frac{|H| - |A \cup B|}{|H|}
-
-    H is the smallest box around both. With ``[:, :, None]`` and ``[:, None]``
-    all pairs are compared.
-
-    Args:
-        first, second: Corners x1 y1 x2 y2, none turned inside out, (…, 4).
-        eps: Least area to divide by.
-
-    Returns:
-        In [-1, 1], of the common shape without the last axis.
-
-    Reference:
-        Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019,
-        arXiv:1902.09630.
-
-    Example:
-        >>> one = torch.tensor([0.0, 0, 2, 2])
-        >>> giou(one, torch.tensor([[0.0, 0, 2, 2], [2.0, 0, 4, 2]])).tolist()
-        [1.0, 0.0]
-    """
-    first, second = as_float(first), as_float(second)
-    overlap, union = _overlap(first, second)
-    low = torch.minimum(first[..., :2], second[..., :2])
-    high = torch.maximum(first[..., 2:], second[..., 2:])
-    hull = (high - low).prod(-1)
-    spare = (hull - union) / hull.clamp(min=eps)
-    return overlap / union.clamp(min=eps) - spare
-
-
-def iou(first: Tensor, second: Tensor, eps: float = 1e-7) -> Tensor:
-    """IoU of boxes, likewise; in [0, 1].
-
-    Example:
-        >>> one = torch.tensor([0.0, 0, 2, 2])
-        >>> iou(one, torch.tensor([[0.0, 0, 2, 2], [0.0, 0, 2, 1]])).tolist()
-        [1.0, 0.5]
-    """
-    overlap, union = _overlap(as_float(first), as_float(second))
-    return overlap / union.clamp(min=eps)
-
-
-def _overlap(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Areas of intersection and union."""
-    low = torch.maximum(first[..., :2], second[..., :2])
-    high = torch.minimum(first[..., 2:], second[..., 2:])
-    overlap = (high - low).clamp(min=0).prod(-1)
-    return overlap, _area(first) + _area(second) - overlap
-
-
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2:] - boxes[..., :2]).prod(-1)
 
 
 def pairwise_box_cost(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmkd.build import build
 from mmkd.checks import check_name
+from mmkd.ops.boxes import giou_error
 from mmkd.registry import MODELS
 from mmkd.structures import Step
 from mmkd.taps import crop, maps_of, resolve
@@ -21,7 +22,6 @@ from mmkd.terms.decoding import (
     check_decodable,
     check_same_anchors,
     decode,
-    giou_error,
 )
 from mmkd.terms.term import Term
 

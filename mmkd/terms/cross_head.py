@@ -16,6 +16,7 @@ from mmkd.build import build
 from mmkd.checks import check_name, check_positive
 from mmkd.losses.bckd import bckd_class_loss
 from mmkd.losses.ld import edge_divergence
+from mmkd.ops.boxes import giou_error
 from mmkd.ops.masks import equal_weight
 from mmkd.ops.numeric import as_float, standardise
 from mmkd.ops.scores import class_samples
@@ -27,7 +28,7 @@ from mmkd.terms.assignment import (
     check_assigns,
     count_positives,
 )
-from mmkd.terms.decoding import decode, giou_error
+from mmkd.terms.decoding import decode
 from mmkd.terms.term import Term
 from mmkd.terms.weights.positive import best, spread
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from mmdet.models.dense_heads import (
     CenterNetUpdateHead,
     FoveaHead,
@@ -117,42 +116,6 @@ def decode(head: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
         _corners(head, as_float(boxes), get_box_tensor(prior), level)
         for level, (boxes, prior) in enumerate(zip(maps, priors))
     ]
-
-
-def giou_error(student: Tensor, teacher: Tensor, axis: int = -1) -> Tensor:
-    """One minus the GIoU of boxes, one by one.
-
-    A box that is turned inside out, as RTMDet's negative distances may make
-    it, counts as one without extent.
-
-    Args:
-        student, teacher: Corners x1 y1 x2 y2, of one shape.
-        axis: Which of the axes holds the four.
-
-    Returns:
-        In [0, 2], of that shape without the axis.
-    """
-    # Torchvision's loss selects by a mask and mmdet's copies a number: both
-    # wait for the device.
-    (low, high), (low2, high2) = (
-        _upright(one.movedim(axis, -1)) for one in (student, teacher)
-    )
-    areas = _area(low, high) + _area(low2, high2)
-    common = _area(torch.maximum(low, low2), torch.minimum(high, high2))
-    hull = _area(torch.minimum(low, low2), torch.maximum(high, high2))
-    union, hull = (one.clamp(min=1e-6) for one in (areas - common, hull))
-    return 1 - (common / union - (hull - union) / hull)
-
-
-def _upright(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Corners x1 y1, and x2 y2 that are nowhere below them."""
-    low, high = boxes.chunk(2, -1)
-    return low, torch.maximum(low, high)
-
-
-def _area(low: Tensor, high: Tensor) -> Tensor:
-    width, height = (high - low).clamp(min=0).unbind(-1)
-    return width * height
 
 
 def _corners(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mmkd.checks import check_channels, check_fraction
 from mmkd.losses.query import query_box_errors, query_class_divergence
-from mmkd.ops.matching import corners, iou, pick_queries
+from mmkd.ops.boxes import corners, iou
+from mmkd.ops.matching import pick_queries
 from mmkd.ops.numeric import as_float, full_precision, unit
 from mmkd.registry import MODELS
 from mmkd.structures import Outputs, Step

@@ -26,6 +26,7 @@ from mmkd.checks import (
     check_positive,
     check_same_shape,
 )
+from mmkd.ops.boxes import giou_error, iou
 from mmkd.ops.numeric import as_float, full_precision
 from mmkd.ops.regions import pyramid_bins, pyramid_level
 from mmkd.ops.scores import bernoulli_divergence
@@ -37,11 +38,9 @@ from mmkd.terms.decoding import (
     anchors_of,
     check_decodable,
     decode,
-    giou_error,
 )
 from mmkd.terms.term import Term
 from mmkd.terms.weights.positive import spread
-from mmkd.terms.weights.quality import overlap
 from mmkd.terms.weights.score import refuse_softmax
 
 if TYPE_CHECKING:
@@ -341,7 +340,7 @@ def select(
     for _ in range(topk):
         best, index = scores.max(1, keepdim=True)
         box = boxes.gather(1, index[..., None].expand(-1, -1, 4))  # N, 1, 4
-        scores = scores.masked_fill(overlap(boxes, box) > max_overlap, 0)
+        scores = scores.masked_fill(iou(boxes, box) > max_overlap, 0)
         there.append(best > 0)
         found.append(torch.where(best[..., None] > 0, box, 0))
     return torch.cat(found, 1), torch.cat(there, 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmkd.checks import check_positive
 from mmkd.losses.query import query_box_errors, query_class_divergence
-from mmkd.ops.matching import corners, iou
+from mmkd.ops.boxes import corners, iou
 from mmkd.registry import MODELS
 from mmkd.structures import Step
 from mmkd.terms.queries import (

@@ -22,6 +22,7 @@ from mmkd.checks import (
 from mmkd.classes import check_num_classes
 from mmkd.losses.ld import edge_divergence
 from mmkd.losses.soft_target import soft_target_loss
+from mmkd.ops.boxes import giou_error
 from mmkd.ops.numeric import as_float, zero_of
 from mmkd.ops.scores import top_score, valid_samples
 from mmkd.registry import MODELS
@@ -34,7 +35,6 @@ from mmkd.terms.decoding import (
     check_decodable,
     check_same_anchors,
     decode,
-    giou_error,
 )
 from mmkd.terms.prepared import PreparedTerm, learns
 

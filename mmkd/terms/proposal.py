@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from mmkd.build import build
 from mmkd.checks import check_name
+from mmkd.ops.boxes import giou_error
 from mmkd.ops.numeric import as_float, zero_of
 from mmkd.registry import MODELS
 from mmkd.structures import GroundTruth, Outputs, Step
 from mmkd.structures.constants import constant
 from mmkd.structures.ground_truth import places
 from mmkd.taps import maps_of
-from mmkd.terms.decoding import giou_error
 from mmkd.terms.term import Term
 
 if TYPE_CHECKING:

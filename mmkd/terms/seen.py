@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkd.ops.boxes import giou_error
 from mmkd.ops.masks import valid_mask
 from mmkd.ops.numeric import as_float
 from mmkd.ops.scores import (
@@ -19,7 +20,7 @@ from mmkd.ops.scores import (
 )
 from mmkd.structures import GroundTruth, Outputs
 from mmkd.taps import crop, maps_of, resolve
-from mmkd.terms.decoding import check_decodable, decode, giou_error
+from mmkd.terms.decoding import check_decodable, decode
 from mmkd.terms.weights.score import refuse_softmax
 
 #: Rows and columns of the energy map of an image.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmkd.checks import check_positive
 from mmkd.classes import a_few, training_classes
+from mmkd.ops.boxes import giou_error
 from mmkd.ops.edges import on_bins, tempered_divergence
 from mmkd.ops.numeric import as_float
 from mmkd.ops.scores import bernoulli_divergence
@@ -26,7 +27,6 @@ from mmkd.terms.decoding import (
     decode,
     edge_bins,
     edge_origins,
-    giou_error,
     stride_of,
 )
 from mmkd.terms.term import Term

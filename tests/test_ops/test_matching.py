@@ -14,9 +14,6 @@ from mmengine.structures import InstanceData
 from mmkd.losses.query import query_class_divergence
 from mmkd.ops.matching import (
     assign,
-    corners,
-    giou,
-    iou,
     pairwise_box_cost,
     pairwise_class_divergence,
     pairwise_label_cost,
@@ -28,36 +25,6 @@ from mmkd.ops.matching import (
 def boxes():
     torch.manual_seed(0)
     return torch.rand(2, 2, 5, 4) * 0.5 + 0.2
-
-
-def test_corners_are_those_of_mmdet(boxes):
-    torch.testing.assert_close(corners(boxes), bbox_cxcywh_to_xyxy(boxes))
-
-
-def test_giou_of_all_pairs_is_that_of_mmdet(boxes):
-    first, second = corners(boxes[0]), corners(boxes[1])
-    expected = bbox_overlaps(first, second, mode='giou')
-    found = giou(first[:, :, None], second[:, None])
-    torch.testing.assert_close(found, expected)
-
-
-def test_iou_of_all_pairs_is_that_of_mmdet(boxes):
-    first, second = corners(boxes[0]), corners(boxes[1])
-    found = iou(first[:, :, None], second[:, None])
-    torch.testing.assert_close(found, bbox_overlaps(first, second))
-
-
-def test_giou_by_hand():
-    first = torch.tensor([0.0, 0, 2, 2])
-    half, far = torch.tensor([[1.0, 0, 3, 2], [3.0, 0, 4, 2]])
-    assert giou(first, half).item() == pytest.approx(1 / 3)
-    assert giou(first, far).item() == pytest.approx(0 - 2 / 8)
-
-
-def test_giou_of_boxes_without_extent_is_finite():
-    point = torch.zeros(4, requires_grad=True)
-    giou(point, torch.zeros(4)).backward()
-    assert point.grad.isfinite().all()
 
 
 def test_the_cost_is_that_of_detr(boxes):

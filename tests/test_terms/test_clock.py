@@ -5,7 +5,7 @@ import torch
 from asking import detector, distilled, permuted, step_of
 
 from mmkd.losses.clock_memory import CLoCKMemoryLoss
-from mmkd.ops.matching import giou
+from mmkd.ops.boxes import giou
 from mmkd.structures import GroundTruth
 from mmkd.terms.clock import CLoCKTerm, _cost, target_queries
 from mmkd.terms.queries import Answers, answers, ask, question

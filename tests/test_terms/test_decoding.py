@@ -5,9 +5,8 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
-from torchvision.ops import generalized_box_iou
 
-from mmkd.terms.decoding import check_decodable, decode, giou_error
+from mmkd.terms.decoding import check_decodable, decode
 
 SIZE = (64, 96)
 #: Of the image, so far off that no box is cut.
@@ -239,44 +238,3 @@ def test_a_module_without_anchors_is_refused():
 @pytest.mark.parametrize('kind', HEADS)
 def test_known_heads_are_not(build, kind):
     check_decodable('BoxTerm', build(kind), 'student')
-
-
-def test_giou_of_boxes_worked_out_by_hand():
-    """Half of each box is common: IoU 1/3, hull 3 of 3: GIoU 1/3."""
-    one = torch.tensor([0.0, 0, 2, 1]).view(1, 1, 4, 1, 1)
-    other = torch.tensor([1.0, 0, 3, 1]).view(1, 1, 4, 1, 1)
-    far = torch.tensor([4.0, 0, 6, 1]).view(1, 1, 4, 1, 1)
-    boxes = torch.cat([one, one, one], 1)
-    like = torch.cat([one, other, far], 1)
-    # Of the last two nothing is common, and 2 of the hull's 6 is empty.
-    torch.testing.assert_close(
-        giou_error(boxes, like, axis=2).flatten(),
-        torch.tensor([0.0, 2 / 3, 1 + 1 / 3]),
-        atol=1e-5,
-        rtol=1e-5,
-    )
-
-
-def test_a_box_inside_out_has_no_area():
-    """As that without width at its left edge: IoU 0, hull as large."""
-    turned = torch.tensor([1.0, 0, 0, 1]).view(1, 1, 4, 1, 1)
-    other = torch.tensor([0.0, 0, 2, 1]).view(1, 1, 4, 1, 1)
-    for pair in ((turned, other), (other, turned)):
-        torch.testing.assert_close(
-            giou_error(*pair, axis=2).item(), 1.0, atol=1e-5, rtol=0
-        )
-
-
-def test_giou_takes_corners_from_any_axis():
-    boxes, like = torch.rand(2, 3, 5, 4).sort().values
-    torch.testing.assert_close(
-        giou_error(boxes.movedim(2, 0), like.movedim(2, 0), axis=0),
-        1 - generalized_box_iou_of_pairs(boxes, like),
-    )
-
-
-def generalized_box_iou_of_pairs(one, other):
-    """Torchvision's, pair by pair."""
-    pairs = zip(one.view(-1, 1, 4), other.view(-1, 1, 4))
-    found = torch.stack([generalized_box_iou(*pair) for pair in pairs])
-    return found.view(one.shape[:-1])

@@ -7,11 +7,12 @@ import tiny
 import torch
 from mmengine.optim import OptimWrapper
 
+from mmkd.ops.boxes import giou_error
 from mmkd.ops.masks import valid_mask
 from mmkd.structures import GroundTruth
 from mmkd.taps import recording
 from mmkd.teachers import run_detector
-from mmkd.terms.decoding import decode, giou_error
+from mmkd.terms.decoding import decode
 
 data, quick_starts = runs.data, runs.quick_starts
 

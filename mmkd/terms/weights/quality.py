@@ -10,6 +10,7 @@ from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
 from mmkd.checks import check_fraction, check_positive
+from mmkd.ops.boxes import iou
 from mmkd.ops.masks import CHUNK, valid_mask
 from mmkd.ops.numeric import as_float
 from mmkd.registry import MODELS
@@ -137,9 +138,9 @@ def best_cells(
         part = slice(start, start + step)
         image, label, box = gt.image[part], gt.labels[part], gt.boxes[part]
         inside = (centres > box[:, None, :2]) & (centres < box[:, None, 2:])
-        iou = overlap(boxes[image], box[:, None, None])
+        fit = iou(boxes[image], box[:, None, None])
         score = as_float(scores[image, :, :, label]).sigmoid()  # M, P, A
-        quality = score ** (1 - iou_power) * iou**iou_power
+        quality = score ** (1 - iou_power) * fit**iou_power
         quality = inside.all(2) * quality.amax(2)  # M, P
         found.append(quality.topk(min(topk, cells), dim=1))
     quality = torch.cat([one.values for one in found])
@@ -149,21 +150,6 @@ def best_cells(
     place = gt.image[:, None] * cells + index
     weight.scatter_reduce_(0, place.flatten(), value.flatten(), 'amax')
     return weight.view(gt.num_images, cells)
-
-
-def overlap(one: Tensor, other: Tensor) -> Tensor:
-    """IoU of boxes x1 y1 x2 y2, (…, 4) each, that broadcast against another.
-
-    Example:
-        >>> x = torch.tensor([[0.0, 0, 2, 2], [5, 5, 6, 6], [3, 0, 1, 1]])
-        >>> overlap(x, torch.tensor([0.0, 0, 2, 1]))
-        tensor([0.5000, 0.0000, 0.0000])
-    """
-    corner = torch.maximum(one[..., :2], other[..., :2])
-    end = torch.minimum(one[..., 2:], other[..., 2:])
-    both = (end - corner).clamp(min=0).prod(-1)
-    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (one, other)]
-    return both / (areas[0] + areas[1] - both).clamp(min=1e-6)
 
 
 def density(points: Tensor, count: Tensor) -> Tensor:

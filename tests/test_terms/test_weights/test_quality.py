@@ -14,7 +14,6 @@ from mmkd.terms.weights.quality import (
     QualityWeight,
     best_cells,
     density,
-    overlap,
 )
 
 KINDS = ('gfl', 'atss', 'retinanet', 'fcos')
@@ -103,17 +102,6 @@ def iou_of(one, other):
     both = max(width, 0.0) * max(height, 0.0)
     areas = [max(x[2] - x[0], 0) * max(x[3] - x[1], 0) for x in (one, other)]
     return both / (sum(areas) - both) if both else 0.0
-
-
-def test_iou_written_out():
-    torch.manual_seed(0)
-    corner = 20 * torch.rand(2, 50, 2)
-    one, other = torch.cat([corner, corner + 15 * torch.rand(2, 50, 2)], 2)
-    expected = [iou_of(*x) for x in zip(one.tolist(), other.tolist())]
-    assert 0 in expected
-    torch.testing.assert_close(overlap(one, other), torch.tensor(expected))
-    point = torch.tensor([5.0, 5, 5, 5])
-    assert overlap(point, point) == 0
 
 
 @pytest.fixture
