@@ -505,7 +505,11 @@ def _stated(head: nn.Module, seen: list[int]) -> list[int]:
 # ------------------------------------------------------------------ methods
 
 Terms = dict[str, dict]
-RECIPES: dict[str, Callable[[Pair], Terms]] = {}
+Recipe = Callable[[Pair], Terms]
+RECIPES: dict[str, Recipe] = {}
+#: Their names by what they compare, as docs/methods.md groups methods; the
+#: first of each that fits speaks for it. What is made of others is of none.
+FAMILIES: dict[str, list[str]] = {}
 
 
 def recipe(method: str, pair: Pair, share: float | None = None) -> Terms:
@@ -553,68 +557,80 @@ def inherits(method: str, pair: Pair) -> bool | tuple[str, ...]:
     return False
 
 
-def _method(write: Callable[[Pair], Terms]) -> Callable[[Pair], Terms]:
-    RECIPES[write.__name__.strip('_')] = write
-    return write
+def _method(family: str = '') -> Callable[[Recipe], Recipe]:
+    """Enters a recipe by its name and, if it is of one, in its family."""
+
+    def enter(write: Recipe) -> Recipe:
+        RECIPES[write.__name__] = write
+        if family:
+            FAMILIES.setdefault(family, []).append(write.__name__)
+        return write
+
+    return enter
 
 
-@_method
-def mimic(pair: Pair) -> Terms:
-    return dict(mimic=pair.term(dict(type='mmkd.MimicLoss', loss_weight=2.0)))
-
-
-@_method
-def at(pair: Pair) -> Terms:
-    return dict(at=pair.term(dict(type='mmkd.ATLoss'), adapt=False))
-
-
-@_method
-def cwd(pair: Pair) -> Terms:
-    loss = dict(type='mmkd.CWDLoss', loss_weight=10.0)
-    return dict(cwd=pair.term(loss))
-
-
-@_method
-def cwd_scores(pair: Pair) -> Terms:
-    loss = dict(type='mmkd.CWDLoss', loss_weight=5.0)
-    return dict(cwd_scores=pair.scores(loss))
-
-
-@_method
+@_method('feature')
 def pkd(pair: Pair) -> Terms:
     loss = dict(type='mmkd.PKDLoss', loss_weight=10.0)
     return dict(pkd=pair.term(loss))
 
 
-@_method
-def mgd(pair: Pair) -> Terms:
-    loss = dict(type='mmkd.MGDLoss', channels=pair.channels)
-    return dict(mgd=pair.term(loss))
+@_method('feature')
+def mimic(pair: Pair) -> Terms:
+    return dict(mimic=pair.term(dict(type='mmkd.MimicLoss', loss_weight=2.0)))
 
 
-@_method
+@_method('feature')
+def at(pair: Pair) -> Terms:
+    return dict(at=pair.term(dict(type='mmkd.ATLoss'), adapt=False))
+
+
+@_method('feature')
+def cwd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.CWDLoss', loss_weight=10.0)
+    return dict(cwd=pair.term(loss))
+
+
+@_method('feature')
+def ssim(pair: Pair) -> Terms:
+    return dict(ssim=pair.term(dict(type='mmkd.SSIMLoss', loss_weight=4.0)))
+
+
+@_method('feature')
+def reviewkd(pair: Pair) -> Terms:
+    loss = dict(
+        type='mmkd.ReviewKDLoss',
+        in_channels=tuple(level.channels[0] for level in pair.levels),
+        mid_channels=max(level.channels[1] for level in pair.levels),
+        out_channels=tuple(level.channels[1] for level in pair.levels),
+    )
+    return dict(reviewkd=pair.term(loss, adapt=False))
+
+
+@_method('feature')
+def freekd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.FreeKDLoss', channels=pair.channels)
+    feature = pair.term(dict(type='mmkd.MimicLoss', loss_weight=5.0))
+    return dict(freekd=_learned('freekd', pair, loss), feature=feature)
+
+
+@_method('focal region')
 def fgd(pair: Pair) -> Terms:
     loss = dict(type='mmkd.FGDLoss', channels=pair.channels)
     return dict(fgd=pair.term(loss))
 
 
-@_method
+@_method('focal region')
 def fgd_focal(pair: Pair) -> Terms:
     return dict(fgd_focal=pair.term(dict(type='mmkd.FGDFocalLoss')))
 
 
-@_method
-def fgd_global(pair: Pair) -> Terms:
-    loss = dict(type='mmkd.FGDGlobalLoss', channels=pair.channels)
-    return dict(fgd_global=pair.term(loss))
-
-
-@_method
+@_method('focal region')
 def defeat(pair: Pair) -> Terms:
     return dict(defeat=pair.term(dict(type='mmkd.DeFeatLoss')))
 
 
-@_method
+@_method('focal region')
 def fgfi(pair: Pair) -> Terms:
     head = pair.student.get('rpn_head') or pair.student.get('bbox_head') or {}
     kind = str(head.get('anchor_generator', {}).get('type', 'Point'))
@@ -629,52 +645,13 @@ def fgfi(pair: Pair) -> Terms:
     return dict(fgfi=pair.term(loss))
 
 
-@_method
+@_method('focal region')
 def fbkd(pair: Pair) -> Terms:
     loss = dict(type='mmkd.FBKDLoss', channels=pair.channels)
     return dict(fbkd=pair.term(loss))
 
 
-@_method
-def rkd(pair: Pair) -> Terms:
-    return dict(rkd=pair.term(dict(type='mmkd.RKDLoss'), adapt=False))
-
-
-@_method
-def sp(pair: Pair) -> Terms:
-    return dict(sp=pair.term(dict(type='mmkd.SPLoss'), adapt=False))
-
-
-@_method
-def ssim(pair: Pair) -> Terms:
-    return dict(ssim=pair.term(dict(type='mmkd.SSIMLoss', loss_weight=4.0)))
-
-
-@_method
-def amd(pair: Pair) -> Terms:
-    loss = dict(type='mmkd.AMDLoss', channels=pair.channels)
-    return dict(amd=pair.term(loss))
-
-
-@_method
-def dmkd(pair: Pair) -> Terms:
-    loss = dict(type='mmkd.DMKDLoss', channels=pair.channels)
-    return dict(dmkd=pair.term(loss))
-
-
-@_method
-def cckd(pair: Pair) -> Terms:
-    loss = dict(type='mmkd.CCKDLoss', loss_weight=10.0)
-    return dict(cckd=pair.term(loss, adapt=False))
-
-
-@_method
-def affinity(pair: Pair) -> Terms:
-    loss = dict(type='mmkd.AffinityLoss')
-    return dict(affinity=pair.term(loss, adapt=False))
-
-
-@_method
+@_method('focal region')
 def frs(pair: Pair) -> Terms:
     """Features and class scores, as the teacher scores each cell."""
     feature = pair.term(
@@ -685,87 +662,29 @@ def frs(pair: Pair) -> Terms:
     return dict(feature=feature, scores=scores)
 
 
-@_method
-def soft_target(pair: Pair) -> Terms:
-    term = pair.classes('mmkd.SoftTargetLoss', activation=pair.activation)
-    return dict(soft_target=term)
+@_method('focal region')
+def maskd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.MasKDLoss', channels=pair.channels, loss_weight=7.0)
+    return dict(maskd=_learned('maskd', pair, loss))
 
 
-@_method
-def dist(pair: Pair) -> Terms:
-    term = pair.classes('mmkd.DISTLoss', activation=pair.activation)
-    return dict(dist=term)
-
-
-@_method
-def dkd(pair: Pair) -> Terms:
-    return dict(dkd=pair.classes('mmkd.DKDLoss'))
-
-
-@_method
-def nkd(pair: Pair) -> Terms:
-    return dict(nkd=pair.classes('mmkd.NKDLoss'))
-
-
-@_method
-def bckd(pair: Pair) -> Terms:
-    boxes = dict(type='mmkd.BoxTerm', teacher=pair.teacher, loss_weight=4.0)
-    return dict(bckd=pair.classes('mmkd.BCKDClassLoss'), box=boxes)
-
-
-@_method
-def ld(pair: Pair) -> Terms:
-    if pair.heads is None or pair.heads.bins is None:
+def _learned(method: str, pair: Pair, loss: Mapping) -> dict:
+    if pair.tap != 'neck':
         raise ValueError(
-            'ld compares the distributions of box edges, which not both heads '
-            'have, or not with the same reg_max. Choose another method, for '
-            'instance crosskd.'
+            f"{method} learns its masks by the loss of the teacher's heads on "
+            f"its neck's maps, but one of the two has no neck. Choose another "
+            f'method, for instance pkd.'
         )
-    term = pair.scores(
-        dict(type='mmkd.LDLoss'), weight=dict(type='mmkd.PositiveWeight')
-    )
-    return dict(ld=dict(term, output=1))
-
-
-@_method
-def crosskd(pair: Pair) -> Terms:
-    if pair.queries is not None:
-        term = dict(type='mmkd.CrossQueryTerm', teacher=pair.teacher)
-        return dict(cross=dict(term, **pair.queries.align()))
-    if pair.heads is None or pair.heads.convs < 1 or not pair.heads.strides:
-        raise ValueError(
-            "crosskd runs the student's head through the teacher's, which "
-            'needs dense heads of the same strides with towers cls_convs and '
-            'reg_convs. Choose a method on features, for instance pkd.'
-        )
-    term = dict(
-        type='mmkd.CrossHeadTerm',
+    return dict(
+        type='mmkd.LearnedMaskTerm',
         teacher=pair.teacher,
-        convs=max(pair.heads.convs - 1, 1),
+        **pair.paired(),
+        loss=dict(loss),
+        **pair.align(),
     )
-    own, other = pair.heads.widths
-    if own != other:
-        term['align'] = dict(
-            type='mmkd.ConvAdapt',
-            in_channels=own,
-            out_channels=other,
-            num_levels=len(pair.levels),
-        )
-    return dict(cross=term)
 
 
-@_method
-def reviewkd(pair: Pair) -> Terms:
-    loss = dict(
-        type='mmkd.ReviewKDLoss',
-        in_channels=tuple(level.channels[0] for level in pair.levels),
-        mid_channels=max(level.channels[1] for level in pair.levels),
-        out_channels=tuple(level.channels[1] for level in pair.levels),
-    )
-    return dict(reviewkd=pair.term(loss, adapt=False))
-
-
-@_method
+@_method('focal region')
 def pgd(pair: Pair) -> Terms:
     heads = pair.heads
     alike = pair.levels and all(level.scores for level in pair.levels)
@@ -815,7 +734,151 @@ def pgd(pair: Pair) -> Terms:
     }
 
 
-@_method
+@_method('generation')
+def mgd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.MGDLoss', channels=pair.channels)
+    return dict(mgd=pair.term(loss))
+
+
+@_method('generation')
+def amd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.AMDLoss', channels=pair.channels)
+    return dict(amd=pair.term(loss))
+
+
+@_method('generation')
+def dmkd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.DMKDLoss', channels=pair.channels)
+    return dict(dmkd=pair.term(loss))
+
+
+@_method('relational')
+def affinity(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.AffinityLoss')
+    return dict(affinity=pair.term(loss, adapt=False))
+
+
+@_method('relational')
+def rkd(pair: Pair) -> Terms:
+    return dict(rkd=pair.term(dict(type='mmkd.RKDLoss'), adapt=False))
+
+
+@_method('relational')
+def sp(pair: Pair) -> Terms:
+    return dict(sp=pair.term(dict(type='mmkd.SPLoss'), adapt=False))
+
+
+@_method('relational')
+def cckd(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.CCKDLoss', loss_weight=10.0)
+    return dict(cckd=pair.term(loss, adapt=False))
+
+
+@_method('relational')
+def fgd_global(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.FGDGlobalLoss', channels=pair.channels)
+    return dict(fgd_global=pair.term(loss))
+
+
+@_method('response')
+def cwd_scores(pair: Pair) -> Terms:
+    loss = dict(type='mmkd.CWDLoss', loss_weight=5.0)
+    return dict(cwd_scores=pair.scores(loss))
+
+
+@_method('response')
+def soft_target(pair: Pair) -> Terms:
+    term = pair.classes('mmkd.SoftTargetLoss', activation=pair.activation)
+    return dict(soft_target=term)
+
+
+@_method('response')
+def dist(pair: Pair) -> Terms:
+    term = pair.classes('mmkd.DISTLoss', activation=pair.activation)
+    return dict(dist=term)
+
+
+@_method('response')
+def dkd(pair: Pair) -> Terms:
+    return dict(dkd=pair.classes('mmkd.DKDLoss'))
+
+
+@_method('response')
+def nkd(pair: Pair) -> Terms:
+    return dict(nkd=pair.classes('mmkd.NKDLoss'))
+
+
+@_method('response')
+def bckd(pair: Pair) -> Terms:
+    boxes = dict(type='mmkd.BoxTerm', teacher=pair.teacher, loss_weight=4.0)
+    return dict(bckd=pair.classes('mmkd.BCKDClassLoss'), box=boxes)
+
+
+@_method('response')
+def ld(pair: Pair) -> Terms:
+    if pair.heads is None or pair.heads.bins is None:
+        raise ValueError(
+            'ld compares the distributions of box edges, which not both heads '
+            'have, or not with the same reg_max. Choose another method, for '
+            'instance crosskd.'
+        )
+    term = pair.scores(
+        dict(type='mmkd.LDLoss'), weight=dict(type='mmkd.PositiveWeight')
+    )
+    return dict(ld=dict(term, output=1))
+
+
+@_method('response')
+def crosskd(pair: Pair) -> Terms:
+    if pair.queries is not None:
+        term = dict(type='mmkd.CrossQueryTerm', teacher=pair.teacher)
+        return dict(cross=dict(term, **pair.queries.align()))
+    if pair.heads is None or pair.heads.convs < 1 or not pair.heads.strides:
+        raise ValueError(
+            "crosskd runs the student's head through the teacher's, which "
+            'needs dense heads of the same strides with towers cls_convs and '
+            'reg_convs. Choose a method on features, for instance pkd.'
+        )
+    term = dict(
+        type='mmkd.CrossHeadTerm',
+        teacher=pair.teacher,
+        convs=max(pair.heads.convs - 1, 1),
+    )
+    own, other = pair.heads.widths
+    if own != other:
+        term['align'] = dict(
+            type='mmkd.ConvAdapt',
+            in_channels=own,
+            out_channels=other,
+            num_levels=len(pair.levels),
+        )
+    return dict(cross=term)
+
+
+@_method('response')
+def proposal(pair: Pair) -> Terms:
+    if 'roi_head' not in pair.student:
+        raise ValueError(
+            f'proposal compares second stages, but {pair.student["type"]} '
+            f'has none. Choose a method of one stage, for instance bckd.'
+        )
+    term = dict(
+        type='mmkd.ProposalTerm',
+        teacher=pair.teacher,
+        positive_weight=2.0,
+        negative_weight=2.0,
+    )
+    return dict(proposal=term)
+
+
+@_method('response')
+def predicted(pair: Pair) -> Terms:
+    """For any pair: what the teacher detects is learnt as if annotated."""
+    term = dict(type='mmkd.PredictedBoxTerm', teacher=pair.teacher)
+    return dict(predicted=term)
+
+
+@_method('instance')
 def icd(pair: Pair) -> Terms:
     own = {level.channels[0] for level in pair.levels}
     if len(own) > 1:
@@ -855,36 +918,7 @@ def _classes(model: Mapping) -> int:
     return head['num_classes']
 
 
-@_method
-def maskd(pair: Pair) -> Terms:
-    loss = dict(type='mmkd.MasKDLoss', channels=pair.channels, loss_weight=7.0)
-    return dict(maskd=_learned('maskd', pair, loss))
-
-
-@_method
-def freekd(pair: Pair) -> Terms:
-    loss = dict(type='mmkd.FreeKDLoss', channels=pair.channels)
-    feature = pair.term(dict(type='mmkd.MimicLoss', loss_weight=5.0))
-    return dict(freekd=_learned('freekd', pair, loss), feature=feature)
-
-
-def _learned(method: str, pair: Pair, loss: Mapping) -> dict:
-    if pair.tap != 'neck':
-        raise ValueError(
-            f"{method} learns its masks by the loss of the teacher's heads on "
-            f"its neck's maps, but one of the two has no neck. Choose another "
-            f'method, for instance pkd.'
-        )
-    return dict(
-        type='mmkd.LearnedMaskTerm',
-        teacher=pair.teacher,
-        **pair.paired(),
-        loss=dict(loss),
-        **pair.align(),
-    )
-
-
-@_method
+@_method('instance')
 def gid(pair: Pair) -> Terms:
     alike = pair.levels and all(level.scores for level in pair.levels)
     heads = pair.heads
@@ -898,7 +932,7 @@ def gid(pair: Pair) -> Terms:
     return dict(gid=term)
 
 
-@_method
+@_method('query')
 def detrdistill(pair: Pair) -> Terms:
     queries = _both_ask('detrdistill', pair)
     term = dict(
@@ -911,7 +945,7 @@ def detrdistill(pair: Pair) -> Terms:
     return dict(detrdistill=term)
 
 
-@_method
+@_method('query')
 def d3etr(pair: Pair) -> Terms:
     queries = _both_ask('d3etr', pair)
     term = dict(type='mmkd.D3ETRTerm', teacher=pair.teacher)
@@ -933,30 +967,14 @@ def _both_ask(method: str, pair: Pair) -> Queries:
     return pair.queries
 
 
-@_method
-def proposal(pair: Pair) -> Terms:
-    if 'roi_head' not in pair.student:
-        raise ValueError(
-            f'proposal compares second stages, but {pair.student["type"]} '
-            f'has none. Choose a method of one stage, for instance bckd.'
-        )
-    term = dict(
-        type='mmkd.ProposalTerm',
-        teacher=pair.teacher,
-        positive_weight=2.0,
-        negative_weight=2.0,
-    )
-    return dict(proposal=term)
-
-
-@_method
+@_method('query')
 def kd_detr(pair: Pair) -> Terms:
     _both_ask('kd_detr', pair)
     term = dict(type='mmkd.SharedQueryTerm', teacher=pair.teacher)
     return dict(kd_detr=term)
 
 
-@_method
+@_method('query')
 def clock(pair: Pair) -> Terms:
     _both_ask('clock', pair)
     term = dict(
@@ -970,7 +988,29 @@ def clock(pair: Pair) -> Terms:
     return dict(clock=term)
 
 
-@_method
+@_method('query')
+def mhkd(pair: Pair) -> Terms:
+    _both_ask('mhkd', pair)
+    return dict(
+        mhkd=dict(type='mmkd.MultiHeadQueryTerm', teacher=pair.teacher)
+    )
+
+
+@_method('query')
+def alp(pair: Pair) -> Terms:
+    queries = _both_ask('alp', pair)
+    own, other = queries.widths
+    term = dict(
+        type='mmkd.ALPQueryTerm',
+        teacher=pair.teacher,
+        pair='questions' if queries.form else 'objects',
+        channels=None if own == other else queries.widths,
+        loss_weight=5.0,
+    )
+    return dict(alp=term)
+
+
+@_method('query')
 def lsh(pair: Pair) -> Terms:
     queries = _both_ask('lsh', pair)
     loss = dict(
@@ -985,7 +1025,7 @@ def lsh(pair: Pair) -> Terms:
     return dict(lsh=_states(pair, loss, **queries.align()))
 
 
-@_method
+@_method('query')
 def dlkd(pair: Pair) -> Terms:
     own, other = _both_ask('dlkd', pair).widths
     loss = dict(
@@ -997,7 +1037,7 @@ def dlkd(pair: Pair) -> Terms:
     return dict(dlkd=_states(pair, loss))
 
 
-@_method
+@_method('query')
 def cmkd(pair: Pair) -> Terms:
     loss = dict(type='mmkd.CMKDLoss', loss_weight=2.0)
     if _both_ask('cmkd', pair).softmax:
@@ -1016,29 +1056,7 @@ def _states(pair: Pair, loss: Mapping, **more: Any) -> dict:
     )
 
 
-@_method
-def alp(pair: Pair) -> Terms:
-    queries = _both_ask('alp', pair)
-    own, other = queries.widths
-    term = dict(
-        type='mmkd.ALPQueryTerm',
-        teacher=pair.teacher,
-        pair='questions' if queries.form else 'objects',
-        channels=None if own == other else queries.widths,
-        loss_weight=5.0,
-    )
-    return dict(alp=term)
-
-
-@_method
-def mhkd(pair: Pair) -> Terms:
-    _both_ask('mhkd', pair)
-    return dict(
-        mhkd=dict(type='mmkd.MultiHeadQueryTerm', teacher=pair.teacher)
-    )
-
-
-@_method
+@_method('query')
 def mlkd_bert(pair: Pair) -> Terms:
     """The stage of samples; that of layers is a phase of a config's own."""
     own, other = _both_ask('mlkd_bert', pair).widths
@@ -1051,7 +1069,7 @@ def mlkd_bert(pair: Pair) -> Terms:
     return dict(mlkd_bert=term)
 
 
-@_method
+@_method('query')
 def backward_pass(pair: Pair) -> Terms:
     _both_ask('backward_pass', pair)
     term = dict(
@@ -1060,21 +1078,14 @@ def backward_pass(pair: Pair) -> Terms:
     return dict(backward_pass=term)
 
 
-@_method
-def predicted(pair: Pair) -> Terms:
-    """For any pair: what the teacher detects is learnt as if annotated."""
-    term = dict(type='mmkd.PredictedBoxTerm', teacher=pair.teacher)
-    return dict(predicted=term)
-
-
-@_method
+@_method()
 def inherit(pair: Pair) -> Terms:
     """The teacher's neck and head to start from, and nothing to learn."""
     loss = dict(type='mmkd.MimicLoss', loss_weight=0.0)
     return dict(nothing=pair.term(loss))
 
 
-@_method
+@_method()
 def default(pair: Pair) -> Terms:
     """A feature and, where heads or queries can be compared, a response term,
     weighed by gradient.
@@ -1094,7 +1105,7 @@ def default(pair: Pair) -> Terms:
     )
 
 
-@_method
+@_method()
 def default_predicted(pair: Pair) -> Terms:
     """For images without labels: the default, and the teacher's detections.
 

@@ -22,9 +22,8 @@ from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapper
 
 from mmkd.distillers.distiller import example_sample
-from mmkd.laboratory.zoo_trial import FAMILIES
 from mmkd.losses.pkd import pkd_loss
-from mmkd.recipes import RECIPES, look, recipe
+from mmkd.recipes import FAMILIES, RECIPES, look, recipe
 from mmkd.schedules import Constant
 from mmkd.structures.nested import leaves
 from mmkd.taps import maps_of, recording

@@ -21,6 +21,7 @@ from mmkd.reading import read_json
 from mmkd.recipes import (
     DEFAULT,
     DEFAULT_PREDICTED,
+    FAMILIES,
     RECIPES,
     Pair,
     inherits,
@@ -46,6 +47,8 @@ numbers are made and how to repeat them stands in
 - The *lead of the default* recipe over a method is paired by seed as well. It
   is called ahead, or behind, where that stands after Holm's correction for all
   methods of the setting.
+- A *family* is what a method compares ([Methods](methods.md)); the best of a
+  family is the method that the default leads by least.
 - Rows marked *stale* were measured with code, or by a recipe, that has changed
   since.
 """
@@ -74,6 +77,8 @@ LED = {
     'harms': 'behind',
     'not shown': 'not told apart from',
 }
+#: What a recipe compares, by its name.
+FAMILY = {name: family for family, names in FAMILIES.items() for name in names}
 #: Share of the gap that a recipe aims to close.
 AIM = 0.7
 #: Of the default recipe against the student alone in equal time.
@@ -199,14 +204,15 @@ def section(results: Mapping[str, Any], name: str) -> str:
         '',
         f'Teacher {teacher:.1f} AP, student alone {_mean(alone)} AP.',
         '',
-        f'| method | AP | AP50 | to alone | to equal time | to sham | {lead}'
-        f'gap closed | step time | seeds |',
-        f'|---|---|---|---|---|---|{"---|" * bool(leads)}---|---|---|',
+        f'| method | family | AP | AP50 | to alone | to equal time | to sham '
+        f'| {lead}gap closed | step time | seeds |',
+        f'|---|---|---|---|---|---|---|{"---|" * bool(leads)}---|---|---|',
         *rows,
         '',
     ]
     if leads:
-        lines += [*_wrapped(_led(results, leads)), '']
+        words = f'{_led(results, leads)} {_over_the_best(results, leads)}'
+        lines += [*_wrapped(words), '']
     kept = results.get('verified')
     if kept:
         lines += [*_wrapped(_kept(kept, arms)), '']
@@ -305,6 +311,34 @@ def _led(
     return f'{default} is {"; ".join(parts)}.'
 
 
+def _over_the_best(
+    results: Mapping[str, Any], leads: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """How far the default recipe is ahead of the best of each family; '' if
+    no method is of one."""
+    best: dict[str, Mapping[str, Any]] = {}
+    for arm in results['arms']:
+        family = _family(arm)
+        if family and arm['name'] in leads:
+            best[family] = min(
+                best.get(family, arm),
+                arm,
+                key=lambda one: leads[one['name']]['mean'],
+            )
+    parts = [
+        f'{arm["title"]} ({family}) {_gain(leads[arm["name"]])}'
+        for family, arm in best.items()
+    ]
+    if not parts:
+        return ''
+    return f'Its lead over the best of each family, in AP: {"; ".join(parts)}.'
+
+
+def _family(arm: Mapping[str, Any]) -> str:
+    """What an arm's method compares; '' for what is made of several."""
+    return FAMILY.get((arm['method'] or '').removesuffix(UNLABELLED), '')
+
+
 def _row(
     results: Mapping[str, Any],
     arm: Mapping[str, Any],
@@ -316,6 +350,7 @@ def _row(
     ratio = arm.get('step_ratio')
     cells = [
         f'{arm["title"]}{mark}',
+        _family(arm) or '–',
         _mean(arm),
         _mean(arm, 'AP50'),
         *(_gain(against.get(kind)) for kind in ('alone', 'time', 'sham')),

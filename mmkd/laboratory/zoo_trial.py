@@ -48,7 +48,7 @@ from mmkd.laboratory.results import versions
 from mmkd.laboratory.samples import annotated
 from mmkd.laboratory.zoo_pairs import Choice, choose, said, weightless, zoo
 from mmkd.plan import TEACHER, Plan, classes_of_data, fitting, plan
-from mmkd.recipes import recipe
+from mmkd.recipes import FAMILIES, recipe
 from mmkd.registry import DETECTORS, MODELS
 
 #: Sides of the square batches that are tried, pixels: the first on which
@@ -69,27 +69,6 @@ LIMITED = (
 RATE = 0.001
 #: A message is cut after so many characters.
 WORDS = 400
-
-#: Families of the recipes, as the catalogue of methods groups them; the first
-#: of each that fits speaks for it.
-FAMILIES = {
-    'feature': ('pkd', 'mimic', 'at', 'cwd', 'ssim', 'reviewkd', 'freekd'),
-    'focal region': (
-        *('fgd', 'fgd_focal', 'defeat', 'fgfi', 'fbkd', 'frs', 'maskd'),
-        'pgd',
-    ),
-    'generation': ('mgd', 'amd', 'dmkd'),
-    'relational': ('affinity', 'rkd', 'sp', 'cckd', 'fgd_global'),
-    'response': (
-        *('cwd_scores', 'soft_target', 'dist', 'dkd', 'nkd', 'bckd', 'ld'),
-        *('crosskd', 'proposal', 'predicted'),
-    ),
-    'instance': ('icd', 'gid'),
-    'query': (
-        *('detrdistill', 'd3etr', 'kd_detr', 'clock', 'mhkd', 'alp', 'lsh'),
-        *('dlkd', 'cmkd', 'mlkd_bert', 'backward_pass'),
-    ),
-}
 
 #: The recipe that lets the teacher predict.
 DETECTS = 'predicted'

@@ -71,7 +71,13 @@ def results():
         arms=[
             arm('alone', 'alone', [10.0, 20.0]),
             arm('alone_x1.40', 'time', [12.0, 20.0], method='pkd'),
-            arm('pkd', 'distilled', [30.0, None], step_ratio=1.36),
+            arm(
+                'pkd',
+                'distilled',
+                [30.0, None],
+                method='pkd',
+                step_ratio=1.36,
+            ),
             arm('pkd_sham', 'sham', [9.0, 9.0], method='pkd'),
         ],
         comparisons=[
@@ -96,6 +102,7 @@ def row(text):
 def test_a_row_has_means_gains_and_cost(results):
     assert row(page.section(results, 'cells')) == [
         '| pkd',
+        'feature',
         '30.0',
         '60.0',
         '+7.5 (+2.5 to +12.5)',
@@ -125,14 +132,54 @@ def test_the_lead_of_the_default_is_paired_and_corrected(results):
     for name in ('ahead', 'behind'):  # of three tests; one seed makes none
         assert leads[name]['p_holm'] == pytest.approx(3 * leads['ahead']['p'])
     text = page.section(results, 'cells')
-    assert row(text)[6] == '+0.0'  # one seed of pkd
-    assert '| behind | 23.0 | 46.1 | – | – | – | +10.0 (+9.8 to +10.1)' in text
+    assert row(text)[7] == '+0.0'  # one seed of pkd
+    assert (
+        '| behind | – | 23.0 | 46.1 | – | – | – | +10.0 (+9.8 to +10.1)'
+        in text
+    )
     assert (
         'default is ahead of behind; behind ahead; not told apart from pkd, '
         'even.'
     ) in ' '.join(text.split())
     (line,) = (one for one in text.splitlines() if one.startswith('|---'))
     assert line.count('---') == len(row(text))
+
+
+def test_the_best_of_each_family_is_what_the_default_leads_by_least(results):
+    results['arms'] += [
+        arm('default', 'distilled', [30.0, 33.0], method='default'),
+        arm('far', 'distilled', [10.0, 12.9], method='mimic'),
+        arm('mine', 'distilled', [10.0, 12.9], method='mine.py'),
+        arm('asked', 'distilled', [29.0, 32.0], method='crosskd_unlabelled'),
+    ]
+    text = page.section(results, 'cells')
+    assert (
+        'lead over the best of each family, in AP: pkd (feature) +0.0; asked '
+        '(response) +1.0 (+1.0 to +1.0).'
+    ) in ' '.join(text.split())
+    families = {
+        cells[0]: cells[1]
+        for cells in (
+            line.removeprefix('| ').split(' | ') for line in text.splitlines()
+        )
+        if len(cells) > 5
+    }
+    assert families == dict(
+        method='family',
+        pkd='feature',
+        default='–',
+        far='feature',
+        mine='–',
+        asked='response',
+    )
+
+
+def test_without_a_method_of_a_family_no_best_is_named(results):
+    results['arms'][2]['method'] = 'mine.py'
+    results['arms'].append(arm('default', 'distilled', [30.0, 33.0]))
+    text = page.section(results, 'cells')
+    assert 'best of each family' not in text
+    assert 'not told apart from pkd' in text
 
 
 def test_without_a_second_method_there_is_no_lead(results):

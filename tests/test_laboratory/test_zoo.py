@@ -51,7 +51,6 @@ from mmkd.laboratory.zoo_pairs import (
     zoo,
 )
 from mmkd.laboratory.zoo_trial import (
-    FAMILIES,
     STEPS,
     Shown,
     batch,
@@ -61,7 +60,7 @@ from mmkd.laboratory.zoo_trial import (
     read,
     shrunk,
 )
-from mmkd.recipes import RECIPES
+from mmkd.recipes import FAMILIES, RECIPES
 from mmkd.registry import DETECTORS
 from tools import make_docs
 

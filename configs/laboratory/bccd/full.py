@@ -16,6 +16,8 @@ laboratory = dict(
         'configs/laboratory/ablations/default_teacher_head.py',
         'inherit',
         'pkd',
+        'fgd',
+        'affinity',
         'crosskd',
     ),
     seeds=(0, 1, 2, 3, 4, 5),
