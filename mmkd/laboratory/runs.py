@@ -249,7 +249,7 @@ class Run:
 
     def position(self) -> tuple[int, float]:
         """Iterations done, and seconds the others are likely to take."""
-        if self.done:
+        if self.done or self.weights is not None:
             return self.iterations, 0.0
         trained = self.log()
         at = max((line['iter'] for line in trained), default=0)
@@ -413,7 +413,8 @@ def _tell(
 
 
 def _tell_end(run: Run, live: bool) -> None:
-    words = {DONE: 'trained and tested'}.get(run.status, run.status)
+    done = 'trained and tested' if run.weights is None else 'tested'
+    words = done if run.status == DONE else run.status
     minutes = (time.time() - run._begin) / 60
     end = '\r\x1b[K' if live else ''
     print(f'{end}{run.name}: {words} in {minutes:.1f} min{_ap(run)}')

@@ -163,7 +163,7 @@ def test_a_run_that_hangs_is_ended_and_said_to_be(run, monkeypatch):
     assert run.status == TIMED_OUT
 
 
-def test_training_then_test_then_done(run, monkeypatch):
+def test_training_then_test_then_done(run, monkeypatch, capsys):
     """The program writes what its verb is to give."""
     words(
         monkeypatch,
@@ -179,10 +179,31 @@ def test_training_then_test_then_done(run, monkeypatch):
     runs.carry_out([run], cores=1, ended=ended.append)
     assert ended == [run]
     assert run.status == DONE
+    assert 'alone: trained and tested in 0.0 min' in capsys.readouterr().out
     again = Run(run.name, run.config, run.folder)
     words(monkeypatch, 'raise SystemExit("started again")')
     runs.carry_out([again], cores=1)
     assert again.status == DONE
+
+
+def test_given_weights_are_tested_and_not_said_to_be_trained(
+    run, tmp_path, monkeypatch, capsys
+):
+    words(
+        monkeypatch,
+        'import pathlib, sys; verb, config, weights, *rest = sys.argv[1:]\n'
+        'folder = pathlib.Path(rest[rest.index("--work-dir") + 1])\n'
+        'folder.mkdir()\n'
+        '(folder / "predictions.bbox.json").write_text("[]")\n'
+        'raise SystemExit(verb != "test")',
+    )
+    weights = tmp_path / 'weights.pth'
+    weights.write_bytes(b'weights')
+    given = Run('teacher', run.config, run.folder, weights=weights)
+    assert given.position() == (given.iterations, 0.0)
+    runs.carry_out([given], cores=1)
+    assert given.status == DONE
+    assert 'teacher: tested in 0.0 min' in capsys.readouterr().out
 
 
 def test_what_needs_a_failed_run_is_missing_and_says_why(run, monkeypatch):
