@@ -15,9 +15,6 @@ laboratory = dict(
         'default',
         'configs/laboratory/ablations/default_teacher_head.py',
         'pkd',
-        'fgd',
-        'affinity',
-        'crosskd',
     ),
     seeds=(0, 1, 2, 3, 4, 5),
 )
