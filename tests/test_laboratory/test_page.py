@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import tiny
@@ -335,6 +336,50 @@ def test_no_default_no_words(results):
 
 
 # What is claimed -------------------------------------------------------------
+
+
+def survey(text):
+    """Rows of the laboratory's table of methods: names, and two cells."""
+    _, part = text.split('## What the methods gave\n')
+    part, _ = part.split('\n## ', 1)
+    rows = [
+        line.strip('|').split('|')
+        for line in part.splitlines()
+        if line.startswith('| ')
+    ]
+    return part, rows[1:]  # the first is the header
+
+
+def test_the_survey_of_methods_says_what_was_published():
+    results = page.read_json(
+        ROOT / 'docs' / 'results' / 'shapes_quick.json', 'a test', 'results'
+    )
+    gains = {
+        one['name']: page._against(results, one['name'])
+        for one in results['arms']
+        if one['kind'] == 'distilled'
+    }
+    text = (ROOT / 'docs' / 'laboratory.md').read_text(encoding='utf-8')
+    part, rows = survey(text)
+    told = []
+    for about, *cells in rows:
+        names = [one for one in re.findall(r'\w+', about) if one in gains]
+        told += names
+        for kind, cell in zip(('alone', 'time'), cells):
+            values = [f'{gains[one][kind]["mean"]:.1f}' for one in names]
+            ends = sorted(values, key=float)[:: max(1, len(values) - 1)]
+            assert cell.strip() in (', '.join(values), ' to '.join(ends))
+    assert sorted(told) == sorted(gains)
+    steps, time = (
+        [one[kind]['mean'] for one in gains.values()]
+        for kind in ('alone', 'time')
+    )
+    much, ahead = sum(x >= 4 for x in steps), sum(x > 0 for x in time)
+    assert (
+        f'{much} of {len(gains)} have a mean gain in equal steps of 4 AP or '
+        f'more, {ahead} one in equal time'
+    ) in ' '.join(part.split())
+
 
 #: AP by which the default recipe must stay ahead of the student alone in
 #: equal time: the lower end of the interval. Far below what was measured, so
