@@ -27,7 +27,7 @@ from mmengine.registry import init_default_scope
 from mmkd.analysis.cost import gflops, parameters, quiet
 from mmkd.analysis.report import diff, write_report
 from mmkd.checks import check_name, check_once, suggest
-from mmkd.compat.checkpoint import add_trust_option, trusting
+from mmkd.compat.checkpoint import add_trust_option, check_file, trusting
 from mmkd.configs import read_config, student_config
 from mmkd.files import whole
 from mmkd.laboratory import arms as build
@@ -284,6 +284,10 @@ def _setting(options: argparse.Namespace) -> ConfigDict:
         raise ValueError(
             f'{options.config} names no teacher. Add --teacher CONFIG, and '
             f'--teacher-checkpoint FILE if it is trained.'
+        )
+    if setting.teacher_checkpoint is not None:
+        setting.teacher_checkpoint = str(
+            check_file(setting.teacher_checkpoint, 'compare.py')
         )
     check_seeds('compare.py', setting.seeds)
     for name in ('cache', 'share', 'draws'):

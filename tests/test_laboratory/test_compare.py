@@ -104,6 +104,10 @@ def test_a_students_config_is_a_setting_of_its_own(config):
             ['STUDENT', '--teacher', 't.py', '--timeout', '0'],
             'needs --timeout above 0, got 0.0',
         ),
+        (
+            ['STUDENT', '--teacher', 't.py', '--teacher-checkpoint', 'no.pth'],
+            "compare.py expected a checkpoint at 'no.pth', got no such file",
+        ),
         (['nowhere.py'], 'has no config file'),
     ],
 )
