@@ -19,6 +19,7 @@ from mmkd.configs import (
     student_config,
 )
 from mmkd.datasets.photographs import check_loader, mixed
+from mmkd.laboratory.digests import custom_imports
 from mmkd.laboratory.runs import iterations
 from mmkd.recipes import INHERIT, RECIPES, Pair, inherits, recipe
 
@@ -209,7 +210,8 @@ def _rename(terms: dict, old: str, new: str) -> None:
 
 
 def _take_the_rest(settings: Config, own: Config) -> None:
-    """What a method's card names besides the model: the clipping.
+    """What a method's config names besides the model: the clipping, and
+    modules to import.
 
     Raises:
         ValueError: If it shows photographs that the student alone has not.
@@ -225,6 +227,11 @@ def _take_the_rest(settings: Config, own: Config) -> None:
     clip = own.get('optim_wrapper', {}).get('clip_grad')
     if clip:
         settings.optim_wrapper.clip_grad = clip
+    modules = [*custom_imports(settings), *custom_imports(own)]
+    if modules:
+        settings.custom_imports = dict(
+            imports=modules, allow_failed_imports=False
+        )
 
 
 def stretch(settings: Config, ratio: float) -> Config:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,26 @@ def code_digest(settings: Config) -> str:
     """Digest of mmkd's own code that a config makes run.
 
     The modules of every component that the config names, and all that these
-    import. What another method's file says does not count, neither do
-    comments, docstrings and layout.
+    import; of a user's own those that ``custom_imports`` names. What another
+    method's file says does not count, neither do comments, docstrings and
+    layout.
 
     Args:
         settings: A training config.
     """
-    return _digest(f'{file} {one}' for file, one in sources(settings).items())
+    parts = [f'{file} {one}' for file, one in sources(settings).items()]
+    for name in custom_imports(settings):
+        spec = find_spec(name)
+        file = Path(spec.origin) if spec and spec.has_location else PACKAGE
+        if file.is_file() and PACKAGE not in file.parents:
+            parts.append(f'{name} {source_digest(file)}')
+    return _digest(parts)
+
+
+def custom_imports(settings: Config) -> list[str]:
+    """Modules that a config has imported."""
+    named = (settings.get('custom_imports') or {}).get('imports') or []
+    return [named] if isinstance(named, str) else list(named)
 
 
 def sources(settings: Config, more: Iterable[str] = ()) -> dict[str, str]:

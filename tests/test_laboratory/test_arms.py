@@ -5,7 +5,8 @@ import pytest
 import tiny
 from mmengine.config import Config
 
-from mmkd.laboratory import arms
+from mmkd.laboratory import arms, digests
+from mmkd.laboratory.digests import code_digest
 from mmkd.recipes import look
 
 
@@ -98,6 +99,30 @@ def test_a_users_own_config_is_a_method(student, teacher, pair, tmp_path):
     assert given.config == 'teacher.py'
     assert given.inherit == ('neck',)
     assert arm.settings.optim_wrapper.clip_grad.max_norm == 35
+
+
+def test_a_users_own_module_is_imported_and_its_code_counts(
+    student, teacher, pair, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    module, config = tmp_path / 'my_own_loss.py', tmp_path / 'mine.py'
+    module.write_text('SCALE = 1\n')
+    config.write_text(
+        "model = dict(type='mmkd.Distiller', student='RetinaNet',\n"
+        "    teachers=dict(big=dict(config='x.py')), terms=dict())\n"
+        "custom_imports = dict(imports=['my_own_loss'])\n"
+    )
+    student.custom_imports = dict(imports='json')
+    arm = arms.distilled(student, teacher, pair, str(config))
+    named = arm.settings.custom_imports['imports']
+    assert named == ['json', 'my_own_loss']
+    before = code_digest(arm.settings)
+    module.write_text('SCALE = 1  # a comment\n')
+    digests._meaning.cache_clear()
+    assert code_digest(arm.settings) == before
+    module.write_text('SCALE = 2\n')
+    digests._meaning.cache_clear()
+    assert code_digest(arm.settings) != before
 
 
 def test_a_plain_config_is_no_method(student, teacher, pair, tmp_path):
