@@ -62,9 +62,10 @@ def test_a_box_inside_out_has_no_area():
     for pair in ((TURNED, ONE), (ONE, TURNED)):
         assert iou(*pair).item() == 0
         assert giou(*pair).item() == pytest.approx(0)
-    torch.testing.assert_close(
-        giou(TURNED, FAR), giou(torch.tensor([1.0, 0, 1, 1]), FAR)
-    )
+    # Its first corner counts for the hull, of which 3 of 5 are empty.
+    right = torch.tensor([5.0, 0, 4, 1])
+    for pair in ((right, ONE), (ONE, right)):
+        assert giou(*pair).item() == pytest.approx(-3 / 5)
 
 
 def test_giou_takes_corners_from_any_axis():
@@ -87,8 +88,10 @@ def test_gradients_are_those_of_torchvision():
     torch.testing.assert_close(found, expected)
 
 
-def test_boxes_without_extent_have_a_finite_gradient():
+def test_boxes_without_extent_have_nothing_in_common():
     point = torch.zeros(4, requires_grad=True)
     for ours in (iou, giou):
-        (grad,) = torch.autograd.grad(ours(point, torch.zeros(4)), point)
+        value = ours(point, torch.zeros(4))
+        assert value.item() == 0
+        (grad,) = torch.autograd.grad(value, point)
         assert grad.isfinite().all()
