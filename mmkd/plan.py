@@ -101,9 +101,7 @@ class Plan:
         Args:
             folder: Where it is going to stand.
         """
-        base = self.source
-        if '::' not in base:
-            base = Path(os.path.relpath(base, folder)).as_posix()
+        base = from_folder(self.source, folder)
         whole = self.config.model.to_dict()
         added = ('type', 'student', 'teachers', 'terms')
         model = {key: whole[key] for key in added}
@@ -129,6 +127,22 @@ class Plan:
             if key in plain.train_dataloader:
                 found[key] = dict(_delete_=True, **found[key])
         return found
+
+
+def from_folder(source: str, folder: Path) -> str:
+    """A config as one in a folder inherits from it.
+
+    Args:
+        source: A path or ``'mmdet::…'``.
+        folder: Where the heir is.
+
+    Example:
+        >>> from_folder('configs/a.py', Path('configs/mine'))
+        '../a.py'
+    """
+    if '::' in source:
+        return source
+    return Path(os.path.relpath(source, folder)).as_posix()
 
 
 class Typed(str):
@@ -231,7 +245,7 @@ def plan(
     teacher_config = read_config(teacher, 'The teacher')
     checkpoint = str(checkpoint or published_weights(teacher))
     for who, config in (('student', student), ('teacher', teacher_config)):
-        _check_task(who, config)
+        check_detector(who, config)
     names = _named_alike(student, teacher_config, checkpoint)
     pair, names, differ = _paired(student, teacher_config, names)
     settings = dict(config=str(teacher), checkpoint=checkpoint)
@@ -388,8 +402,12 @@ def _check_share(method: str, share: float | None) -> None:
         )
 
 
-def _check_task(who: str, config: Config) -> None:
-    """A config must be that of a detector, not of a tracker or classifier."""
+def check_detector(who: str, config: Config) -> None:
+    """A config must be that of a detector, not of a tracker or classifier.
+
+    Raises:
+        ValueError: If it is another's, or has no backbone.
+    """
     model = student_config(config.get('model') or {})
     kind = model.get('type')
     kind = DETECTORS.get(kind) if isinstance(kind, str) else kind

@@ -42,6 +42,7 @@ ORDER = (
     'engine',
     'analysis',
     'plan',
+    'adapt',
     'cli',
     'laboratory',
 )
