@@ -1,4 +1,4 @@
-"""A user's own pictures: from Pascal VOC or YOLO folders to COCO.
+"""A user's own pictures: VOC, YOLO or a COCO export to a COCO data set.
 
 Converters on PyPI do not fit: supervision and pylabel bring packages for
 video, plotting or statistics along, and globox neither checks boxes nor keeps
@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -21,6 +20,8 @@ import numpy as np
 from mmkd.checks import check_fraction, check_name, suggest
 from mmkd.datasets.check import is_whole
 from mmkd.datasets.coco import CocoWriter
+from mmkd.datasets.coco_folder import read_coco_folder
+from mmkd.datasets.samples import Folder, Sample
 from mmkd.datasets.voc import clean_boxes, read_voc
 from mmkd.datasets.yolo import (
     IMAGE_SUFFIXES,
@@ -38,55 +39,11 @@ WARNINGS = dict(
     cut='boxes reach over the edge of their image and are cut there',
     left_out='boxes are of classes that were not asked for',
     without_annotation='images have no annotation file, and so no boxes',
-    without_image='annotation files have no image and are left out',
+    without_image='annotations have no image and are left out',
     in_no_split='images are in none of the splits and are left out',
+    masks='boxes have a mask, which is left out',
 )
 DROPPED = ('zero_size', 'outside')
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image and what is annotated on it.
-
-    Attributes:
-        image: The file.
-        annotation: Likewise; None where there is none.
-        names: Class of each box.
-        boxes: x1 y1 x2 y2, (G, 4).
-        ignored: Boxes that neither count nor may be punished, (G,).
-        size: (width, height) in pixels as annotated, or None.
-        shares: Whether the boxes are shares of the image's sides.
-    """
-
-    image: Path
-    annotation: Path | None = None
-    names: tuple[str, ...] = ()
-    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
-    ignored: tuple[bool, ...] = ()
-    size: tuple[int, int] | None = None
-    shares: bool = False
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A user's folder, read but for its images.
-
-    Attributes:
-        path: As the user named it.
-        classes: Names, in the folder's order.
-        splits: Samples by split; by None where the folder does not divide
-            them.
-        found: Counts by key of ``WARNINGS``.
-    """
-
-    path: Path
-    classes: tuple[str, ...]
-    splits: dict[str | None, list[Sample]]
-    found: Counter
-
-    def samples(self) -> Iterator[Sample]:
-        for members in self.splits.values():
-            yield from members
 
 
 def prepare_own(
@@ -107,12 +64,12 @@ def prepare_own(
     divided by hand.
 
     Args:
-        source: The folder, laid out as :func:`read_voc_folder` or
-            :func:`read_yolo_folder` says.
+        source: The folder, laid out as :func:`read_voc_folder`,
+            :func:`read_yolo_folder` or :func:`read_coco_folder` says.
         out: Folder of the data set: ``train/``, ``train.json``, likewise for
             ``val`` and ``test``, and ``card.json``, which counts what was
             dropped. Images are copied byte for byte.
-        kind: ``voc`` or ``yolo``.
+        kind: ``voc``, ``yolo`` or ``coco``.
         val: Share of the images that becomes ``val`` where splits are drawn.
         test: Likewise ``test``.
         seed: Of that draw.
@@ -130,7 +87,9 @@ def prepare_own(
         FileNotFoundError: If a file or folder is missing.
         ValueError: If a file is damaged or says nothing that can be used.
     """
-    readers = dict(voc=read_voc_folder, yolo=read_yolo_folder)
+    readers = dict(
+        voc=read_voc_folder, yolo=read_yolo_folder, coco=read_coco_folder
+    )
     check_name('prepare_own', 'kind', kind, readers)
     folder = readers[kind](Path(source))
     if not outside:
@@ -338,7 +297,8 @@ def _chosen(folder: Folder, classes: Sequence[str] | None) -> tuple[str, ...]:
             f'{folder.path} has {len(samples)} images, '
             f'{folder.found["without_annotation"]} of them without an '
             f'annotation file, and not a single box. Annotations stand in '
-            f'Annotations/NAME.xml (voc) or labels/NAME.txt (yolo).'
+            f'Annotations/NAME.xml (voc), labels/NAME.txt (yolo) or one JSON '
+            f'file (coco).'
         )
     for name in classes or ():
         check_name(str(folder.path), 'class', name, folder.classes)
@@ -441,6 +401,10 @@ def _digest(splits: Mapping[str, Iterable[Sample]]) -> str:
             for path in filter(None, (sample.image, sample.annotation)):
                 one = hashlib.sha256(path.read_bytes()).hexdigest()
                 digest.update(f'{split} {path.name} {one}\n'.encode())
+            if sample.annotation is None and sample.names:
+                # They stand in one file for all.
+                said = sample.names, sample.boxes.tolist(), sample.ignored
+                digest.update(repr(said).encode())
     return digest.hexdigest()
 
 
@@ -454,9 +418,10 @@ def _add(writer: CocoWriter, split: str, sample: Sample) -> Counter:
     height, width = image.shape[:2]
     if sample.size not in (None, (width, height)):
         raise ValueError(
-            f'{sample.annotation} was drawn on an image of {sample.size} '
-            f'pixels, but {sample.image} has {(width, height)} as it is '
-            f'shown. Annotate it again, or correct <size> if the boxes fit.'
+            f'{sample.annotation or "A box"} was drawn on an image of '
+            f'{sample.size} pixels, but {sample.image} has '
+            f'{(width, height)} as it is shown. Annotate it again, or '
+            f'correct the size if the boxes fit.'
         )
     boxes = sample.boxes
     if sample.shares:

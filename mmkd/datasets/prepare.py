@@ -53,6 +53,10 @@ def _prepare(asked: argparse.Namespace) -> None:
             say,
             asked.outside,
         )
+        say(
+            f'A config for it: python tools/adapt_config.py '
+            f'mmdet::FOLDER/FILE_coco.py {asked.out} --out FILE.py'
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,7 +109,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar='DIR',
         help='with data.yaml in it; splits are drawn if it names train alone',
     )
-    for own in (voc, yolo):
+    coco = commands.add_parser(
+        'coco', help='your own export that no splits were drawn from, in COCO'
+    )
+    coco.add_argument(
+        'folder',
+        metavar='DIR_OR_FILE',
+        help='with one JSON file for all pictures, or the file itself',
+    )
+    for own in (voc, yolo, coco):
         own.add_argument(
             '--outside',
             action='store_true',

@@ -78,6 +78,36 @@ def find_splits(
         raise FileNotFoundError(
             f'{who} has no folder {str(folder)!r} with a data set in it.'
         )
+    found = {
+        split: read_split(folder, path, name, who)
+        for split, (path, name) in annotations(folder, who, named).items()
+    }
+    absent = [split for split in ('train', 'val') if split not in found]
+    if absent:
+        raise FileNotFoundError(
+            f'{who} found no annotations of {" and of ".join(absent)} in '
+            f'{str(folder)!r}. It looks for '
+            f'{", ".join(one.format(name=absent[0]) for one in ANNOTATIONS)}; '
+            f'for another name add --{absent[0]} FILE. Where there are no '
+            f'splits yet they are drawn by: python tools/prepare_data.py '
+            f'coco {folder} --out NEW'
+        )
+    return found
+
+
+def annotations(
+    folder: Path, who: str, named: Mapping[str, str | Path] | None = None
+) -> dict[str, tuple[Path, str]]:
+    """Files of annotations, and what each split is called, by split.
+
+    Args:
+        folder: The data set's.
+        who: Named in messages.
+        named: As for :func:`find_splits`.
+
+    Raises:
+        ValueError: If a split could be one of several files.
+    """
     found = {}
     for split, names in NAMES.items():
         places = dict(_places(folder, names))
@@ -89,18 +119,8 @@ def find_splits(
                 f'{str(folder)!r}: {", ".join(map(str, places))}. Say which: '
                 f'--{split} {next(iter(places))}'
             )
-        for path, name in places.items():
-            found[split] = _split(folder, path, name, who)
-    absent = [split for split in ('train', 'val') if split not in found]
-    if absent:
-        raise FileNotFoundError(
-            f'{who} found no annotations of {" and of ".join(absent)} in '
-            f'{str(folder)!r}. It looks for '
-            f'{", ".join(one.format(name=absent[0]) for one in ANNOTATIONS)}; '
-            f'for another name add --{absent[0]} FILE. python '
-            f'tools/prepare_data.py voc and yolo write the first, and draw '
-            f'splits where there are none.'
-        )
+        for place in places.items():
+            found[split] = place
     return found
 
 
@@ -111,7 +131,20 @@ def _places(folder: Path, names: Sequence[str]) -> Iterator[tuple[Path, str]]:
                 yield path.relative_to(folder), name
 
 
-def _split(folder: Path, path: Path, name: str, who: str) -> Split:
+def read_split(folder: Path, path: Path, name: str, who: str) -> Split:
+    """Read annotations, and find the pictures that belong to them.
+
+    Args:
+        folder: The data set's.
+        path: The JSON file, from there.
+        name: What its split is called.
+        who: Named in messages.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or its first picture is
+            nowhere.
+        ValueError: If it holds no images.
+    """
     content = read_json(folder / path, who, 'COCO annotations', kind=dict)
     images = content.get('images')
     if not (isinstance(images, list) and images):

@@ -418,7 +418,7 @@ def test_voc_annotations_without_image_are_counted(voc, convert):
     (voc / 'JPEGImages' / 'b.jpg').unlink()
     card, said = convert(voc)
     assert card['found']['without_image'] == 1
-    assert 'warning, 1 annotation files have no image' in said[-1]
+    assert 'warning, 1 annotations have no image' in said[-1]
 
 
 def rename(folder, old, new):
@@ -651,3 +651,208 @@ def test_the_command_converts_a_folder(kind, write, tmp_path, capsys):
     assert card['recipe']['splits'] == dict(seed=0, val=0.3, test=0)
     assert main([kind, str(tmp_path / 'gone'), '--out', str(out)]) == 1
     assert 'There is no folder' in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------ coco
+
+
+def write_coco(folder, images=IMAGES, file='result.json', pictures='images'):
+    """One file for all pictures, as tools for labelling export it."""
+    (folder / pictures).mkdir(parents=True, exist_ok=True)
+    ids = {name: 5 * number for number, name in enumerate(NAMES, 1)}
+    content = dict(
+        images=[],
+        annotations=[],
+        categories=[dict(id=1, name='animals')]
+        + [dict(id=number, name=name) for name, number in ids.items()],
+    )
+    for seed, (name, (size, boxes)) in enumerate(images.items()):
+        path = folder / pictures / f'{name}.jpg'
+        cv2.imwrite(str(path), picture(*size, seed))
+        content['images'].append(
+            dict(
+                id=f'i{seed}',
+                file_name=path.name,
+                width=size[0],
+                height=size[1],
+            )
+        )
+        for label, (x1, y1, x2, y2) in boxes:
+            content['annotations'].append(
+                dict(
+                    image_id=f'i{seed}',
+                    category_id=ids[label],
+                    bbox=[x1, y1, x2 - x1, y2 - y1],
+                )
+            )
+    change_coco(folder / file, lambda _: content)
+    return folder
+
+
+def change_coco(path, change):
+    """Write what ``change`` makes of a file, or does to it."""
+    content = json.loads(path.read_text()) if path.is_file() else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(change(content) or content))
+
+
+@pytest.fixture
+def coco(tmp_path):
+    return write_coco(tmp_path / 'coco')
+
+
+def convert_coco(source, out, **settings):
+    said = []
+    settings = dict(val=0, test=0) | settings
+    return prepare_own(source, out, 'coco', say=said.append, **settings), said
+
+
+@pytest.mark.parametrize(
+    ('file', 'pictures'),
+    [
+        ('result.json', 'images'),
+        ('annotations/instances_default.json', 'images'),
+        ('annotations/instances_default.json', 'images/default'),
+        ('_annotations.coco.json', ''),
+    ],
+)
+def test_coco_gives_the_boxes_that_were_annotated(file, pictures, tmp_path):
+    folder = write_coco(tmp_path / 'a', file=file, pictures=pictures)
+    for number, source in enumerate((folder, folder / file)):
+        out = tmp_path / f'out{number}'
+        card, said = convert_coco(source, out)
+        assert boxes_in(out) == expected()
+        # A category without an example is no class.
+        assert card['classes'] == ['cat', 'dog']
+        assert not any('warning' in line for line in said)
+
+
+def test_coco_of_one_file_is_divided_by_the_shares(coco, tmp_path):
+    card, _ = convert_coco(coco, tmp_path / 'out', val=0.3, test=0.3)
+    sizes = {split: one['images'] for split, one in card['splits'].items()}
+    assert sizes == dict(train=1, val=1, test=1)
+    found = {}
+    for split in sizes:
+        found |= boxes_in(tmp_path / 'out', split)
+    assert found == expected()
+
+
+def test_coco_splits_of_the_folder_are_kept(tmp_path):
+    parts = dict(train=('a', 'c'), val=('b',))
+    for split, names in parts.items():
+        write_coco(
+            tmp_path / 'a',
+            {name: IMAGES[name] for name in names},
+            f'annotations/instances_{split}2017.json',
+            f'{split}2017',
+        )
+    card, _ = convert_coco(tmp_path / 'a', tmp_path / 'out', val=0.5)
+    assert card['recipe']['splits'] == 'as in the folder'
+    assert split_names(tmp_path / 'out') == {
+        'train': ['a.jpg', 'c.jpg'],
+        'val': ['b.jpg'],
+    }
+
+
+def test_coco_crowds_are_ignored_masks_and_lost_pictures_counted(
+    coco, tmp_path
+):
+    def change(content):
+        content['annotations'][0].update(iscrowd=1, segmentation=[[1] * 8])
+
+    change_coco(coco / 'result.json', change)
+    (coco / 'images' / 'b.jpg').unlink()
+    card, said = convert_coco(coco, tmp_path / 'out')
+    found = boxes_in(tmp_path / 'out')
+    assert [ignored for *_, ignored in found['a.jpg']] == [1, 0]
+    assert 'b.jpg' not in found
+    assert (card['found']['masks'], card['found']['without_image']) == (1, 1)
+    assert sum('warning, 1 ' in line for line in said) == 2
+
+
+def test_coco_changed_boxes_are_another_data_set(coco, tmp_path):
+    """Though they stand in no file of their own."""
+    convert_coco(coco, tmp_path / 'out')
+    convert_coco(coco, tmp_path / 'out')  # done before
+
+    def change(content):
+        content['annotations'][0]['bbox'][2] += 1
+
+    change_coco(coco / 'result.json', change)
+    with pytest.raises(FileExistsError, match='sha256'):
+        convert_coco(coco, tmp_path / 'out')
+
+
+@pytest.mark.parametrize(
+    ('change', 'said'),
+    [
+        (
+            lambda all: all['annotations'][0].update(category_id=2),
+            'of the category 2, which it does not list',
+        ),
+        (
+            lambda all: all['annotations'][0].update(image_id='i9'),
+            "of the image 'i9', which it does not list",
+        ),
+        (
+            lambda all: all['images'][1].update(id='i0'),
+            "two images of the id 'i0'",
+        ),
+        (
+            lambda all: all['annotations'][2].update(bbox=[1, 2, 3]),
+            r'needs bbox=\[x, y, width, height\] in pixels, got \[\[1, 2, 3\]',
+        ),
+        (
+            lambda all: all['annotations'][2].update(bbox=[1, 2, 3, 'a']),
+            'needs bbox=',
+        ),
+        (
+            lambda all: all['annotations'][2].update(bbox=[1, 2, 3, None]),
+            'needs bbox=',
+        ),
+        (
+            lambda all: all['annotations'][1].update(image_id=[1]),
+            'needs image_id, category_id, bbox in each of its annotations, '
+            'but number 1 is',
+        ),
+        (lambda all: all.update(categories=None), 'a list of categories'),
+        (lambda all: all.update(annotations=[]), 'not a single box'),
+        (
+            lambda all: all['images'][0].update(width=61),
+            r'A box was drawn on an image of \(61, 40\)',
+        ),
+    ],
+)
+def test_coco_that_cannot_be_used_says_why(change, said, coco, tmp_path):
+    change_coco(coco / 'result.json', change)
+    with pytest.raises(ValueError, match=said):
+        convert_coco(coco, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_coco_files_are_not_chosen_between(coco, tmp_path, capsys):
+    (coco / 'other.json').write_text('{}')
+    out = str(tmp_path / 'out')
+    assert main(['coco', str(coco), '--out', out]) == 1
+    assert 'other.json, result.json. Name the file' in capsys.readouterr().err
+    words = ['coco', str(coco / 'result.json'), '--out', out]
+    assert main([*words, '--val', '0.3', '--test', '0']) == 0
+    write_coco(coco, file='test.json')
+    assert main(['coco', str(coco), '--out', f'{out}2']) == 1
+    assert 'annotations of test alone' in capsys.readouterr().err
+    assert main(['coco', str(coco / 'no'), '--out', f'{out}2']) == 1
+    assert 'There is no folder' in capsys.readouterr().err
+
+
+def test_coco_does_not_take_pictures_from_elsewhere(coco, tmp_path):
+    """What is copied may be published; the file is somebody else's."""
+    cv2.imwrite(str(tmp_path / 'private.jpg'), picture(60, 40))
+
+    def change(content):
+        content['images'][0]['file_name'] = '../../private.jpg'
+
+    change_coco(coco / 'result.json', change)
+    with pytest.raises(ValueError, match='outside of that folder.*--outside'):
+        convert_coco(coco, tmp_path / 'out')
+    convert_coco(coco, tmp_path / 'out', outside=True)
+    assert 'private.jpg' in boxes_in(tmp_path / 'out')
