@@ -53,27 +53,45 @@ def read_config(
     Raises:
         FileNotFoundError: If there is no such file; the message suggests the
             nearest name beside it.
-        ValueError: If a config of JSON or YAML is more than data.
+        ValueError: If a config of JSON or YAML is more than data, or what a
+            config has imported is not there.
     """
     if isinstance(source, Config):
         config = source.copy()
     elif isinstance(source, Mapping):
         config = Config(dict(source))
-    elif '::' in str(source):
-        config = _read_packaged(str(source), who)
     else:
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f'{who} has no config file {str(path)!r}. {_nearest(path)}'
-            )
-        if path.suffix in DATA:
-            config = _read_data(path.resolve(), who)
-        else:
-            config = Config.fromfile(path)
+        try:
+            config = _read_file(str(source), who)
+        except ImportError as error:
+            raise ValueError(
+                f'{who} cannot read the config {str(source)!r}, which has '
+                f'modules imported: {_first(error)}. Install the package, or '
+                f'name the folder of a module of your own: PYTHONPATH=FOLDER'
+            ) from error
     if cfg_options:
         config.merge_from_dict(dict(cfg_options))
     return config
+
+
+def _read_file(source: str, who: str) -> Config:
+    if '::' in source:
+        return _read_packaged(source, who)
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'{who} has no config file {str(path)!r}. {_nearest(path)}'
+        )
+    if path.suffix in DATA:
+        return _read_data(path.resolve(), who)
+    return Config.fromfile(path)
+
+
+def _first(error: BaseException) -> BaseException:
+    """What an error began with."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _read_data(path: Path, who: str) -> Config:

@@ -106,3 +106,14 @@ def test_phases_are_not_the_students():
         type='mmkd.Distiller', student='FCOS', terms={}, phases=[dict()]
     )
     assert student_config(model) == dict(type='FCOS')
+
+
+def test_a_package_that_is_not_there_is_named(tmp_path):
+    """By the module that is missing, not by whoever tried to import it."""
+    path = tmp_path / 'a.py'
+    path.write_text("custom_imports = dict(imports=['my_ops.nested'])\n")
+    with pytest.raises(ValueError, match="^me cannot read .*a.py'") as caught:
+        read_config(path, 'me')
+    said = str(caught.value)
+    assert "No module named 'my_ops'. Install" in said
+    assert said.endswith('PYTHONPATH=FOLDER')

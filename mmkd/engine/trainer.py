@@ -248,6 +248,8 @@ class Trainer(Runner):
                     f'stopped and resumed will differ from one that is not.'
                 )
                 return super().build_train_loop(dict(loop, type=kind))
+            # MMEngine notes there from which package a config inherits it.
+            loop.pop('_scope_', None)
             loop = _LOOPS[kind](
                 runner=self, dataloader=self._train_dataloader, **loop
             )
