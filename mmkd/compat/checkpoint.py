@@ -28,6 +28,7 @@ from functools import wraps
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from urllib.error import URLError
 from urllib.parse import urlparse
 
 import numpy as np
@@ -168,7 +169,8 @@ def load_from_url(
         progress: Whether to show how far the download is.
 
     Raises:
-        CheckpointError: If it is another file, or not safe to read.
+        CheckpointError: If it cannot be fetched, is another file, or is not
+            safe to read.
     """
     path = kept_at(url, model_dir)
     url, _, digest = url.partition(_SHA256)
@@ -183,6 +185,11 @@ def load_from_url(
             raise CheckpointError(
                 f'{url} is not the file that was recorded: {error}. Nothing '
                 f'of it was kept. Ask its publisher, or name another file.'
+            ) from error
+        except URLError as error:
+            raise CheckpointError(
+                f'{url} could not be fetched: {error.reason}. Without a '
+                f'network, fetch it elsewhere and copy it to {path}'
             ) from error
     if digest and sha256_of(path) != digest.lower():
         raise CheckpointError(

@@ -251,6 +251,16 @@ def test_digits_in_a_published_name_are_compared(right, published):
             load_from_url(name.as_uri(), str(cache))
 
 
+@pytest.mark.parametrize('scheme', ['http://127.0.0.1:9', 'file:///none'])
+def test_without_a_network_it_says_where_the_file_belongs(scheme, tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        load_from_url(f'{scheme}/a/resnet.pth', str(tmp_path))
+    said = str(caught.value)
+    assert said.startswith(f'{scheme}/a/resnet.pth could not be fetched: ')
+    assert said.endswith(f'copy it to {tmp_path / "resnet.pth"}')
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_address_is_read_as_any_file(published, tmp_path):
     _, _, cache = published
     path = tmp_path / 'trojan.pth'
