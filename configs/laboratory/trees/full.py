@@ -15,6 +15,9 @@ laboratory = dict(
         'default',
         'configs/laboratory/ablations/default_teacher_head.py',
         'pkd',
+        'fgd',
+        'affinity',
+        'crosskd',
     ),
     seeds=(0, 1, 2, 3, 4, 5),
 )
