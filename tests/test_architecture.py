@@ -42,7 +42,7 @@ ORDER = (
     'engine',
     'analysis',
     'plan',
-    'adapt',
+    'own_config',
     'cli',
     'laboratory',
 )

@@ -54,7 +54,7 @@ def _prepare(asked: argparse.Namespace) -> None:
             asked.outside,
         )
         say(
-            f'A config for it: python tools/adapt_config.py '
+            f'A config for it: python tools/write_config.py '
             f'mmdet::FOLDER/FILE_coco.py {asked.out} --out FILE.py'
         )
 

@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmkd.adapt import adapted, main
+from mmkd.own_config import config_for, main
 from mmkd.classes import OTHERS, SETTINGS, with_classes
 from mmkd.cli import main as mmkd
 from mmkd.configs import read_config
@@ -91,7 +91,7 @@ def test_what_a_config_says_of_its_data_is_changed_and_no_more(
     name, data, tmp_path
 ):
     source = f'mmdet::{name}'
-    out = tmp_path / 'adapted.py'
+    out = tmp_path / 'mine.py'
     assert main([source, str(data), '--out', str(out)]) == 0
     old, new = read_config(source), read_config(out)
 
@@ -130,7 +130,7 @@ def test_what_a_config_says_of_its_data_is_changed_and_no_more(
 
 
 def test_what_is_written_is_short(data, tmp_path):
-    out = tmp_path / 'mine' / 'adapted.py'
+    out = tmp_path / 'mine' / 'mine.py'
     source = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
     main([source, str(data), '--out', str(out)])
     text = out.read_text()
@@ -262,9 +262,7 @@ def test_a_distillation_config_is_refused(data, tmp_path, capsys):
     out = tmp_path / 'a.py'
     source = 'configs/pkd/tiny/pkd_tiny.py'
     assert main([source, str(data), '--out', str(out)]) == 1
-    assert (
-        'has teachers of its own. Adapt the plain' in capsys.readouterr().err
-    )
+    assert 'has teachers of its own. Name the plain' in capsys.readouterr().err
 
 
 def test_masks_are_asked_for_where_they_are_learnt(data, tmp_path, capsys):
@@ -308,7 +306,7 @@ def test_no_file_is_left_of_data_that_cannot_be_used(data, tmp_path, capsys):
 def test_the_text_is_a_config_for_any_number_of_classes(data, tmp_path):
     splits = find_splits(data, 'me')
     one = Split('train.json', 'images', splits['train'].content)
-    text = adapted(
+    text = config_for(
         'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py',
         data,
         tmp_path / 'a.py',

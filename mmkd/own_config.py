@@ -32,12 +32,12 @@ from mmkd.plan import (
     written,
 )
 
-WHO = 'adapt_config.py'
+WHO = 'write_config.py'
 #: Loaders and evaluators of a config, and the split that each is of.
 TESTED = ('val', 'test')
 
 
-def adapted(
+def config_for(
     source: str,
     data: str | Path,
     out: str | Path,
@@ -71,8 +71,8 @@ def adapted(
     check_detector('config', config)
     if student_config(config.model) != config.model:
         raise ValueError(
-            f'{source} has teachers of its own. Adapt the plain configs of '
-            f'student and teacher, and teach one by the other.'
+            f'{source} has teachers of its own. Name the plain configs '
+            f'of student and teacher, one after the other, and teach then.'
         )
     _check_masks(source, config, splits['train'])
     root = Path(data).as_posix() + '/'
@@ -111,7 +111,9 @@ def _check_masks(source: str, config: Config, split: Split) -> None:
     boxes = split.content.get('annotations') or []
     if not _asks('with_mask', config.get('train_dataloader')):
         return
-    if all(one.get('segmentation') for one in boxes):
+    if all(
+        isinstance(one, Mapping) and one.get('segmentation') for one in boxes
+    ):
         return
     raise ValueError(
         f'{source} learns masks, and {split.annotations!r} has boxes without '
@@ -159,8 +161,8 @@ def _loader(config: Config, name: str, split: Split) -> dict:
         raise ValueError(
             f'{config.filename}: {name} has a data set of '
             f'{dataset.get("type")} with {", ".join(folders) or "no"} '
-            f'folders, and what is adapted here is one of CocoDataset with '
-            f'images. Take a config that ends in _coco.py and learns boxes '
+            f'folders, and this writes one of CocoDataset with images. '
+            f' Take a config that ends in _coco.py and learns boxes '
             f'or masks.'
         )
     change: dict = dict(
@@ -183,11 +185,11 @@ def _evaluator(config: Config, name: str, split: Split) -> Any:
     for one in found if several else [found or {}]:
         if one.get('type') != 'CocoMetric':
             raise ValueError(
-                f'{config.filename}: {name} is a {one.get("type")}, and what '
-                f'is adapted here is a CocoMetric.'
+                f'{config.filename}: {name} is a {one.get("type")}, and '
+                f'this writes a CocoMetric.'
             )
-        whole_one = one.to_dict() if several else {}
-        changes.append(dict(whole_one, ann_file=told))
+        kept = one.to_dict() if several else {}
+        changes.append(dict(kept, ann_file=told))
     return changes if several else changes[0]
 
 
@@ -195,7 +197,7 @@ def _evaluator(config: Config, name: str, split: Split) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``adapt_config.py``.
+    """Run ``write_config.py``.
 
     Returns:
         Exit status: 0, or 1 after a message on what to do.
@@ -227,7 +229,9 @@ def _run(options: argparse.Namespace) -> Iterator[str]:
     weights = options.pretrained
     if weights == '':
         weights = published_weights(options.config)
-    text = adapted(options.config, options.data, out, splits, classes, weights)
+    text = config_for(
+        options.config, options.data, out, splits, classes, weights
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole(out) as partial:
         partial.write_text(text, encoding='utf-8')
