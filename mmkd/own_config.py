@@ -162,8 +162,7 @@ def _loader(config: Config, name: str, split: Split) -> dict:
             f'{config.filename}: {name} has a data set of '
             f'{dataset.get("type")} with {", ".join(folders) or "no"} '
             f'folders, and this writes one of CocoDataset with images. '
-            f' Take a config that ends in _coco.py and learns boxes '
-            f'or masks.'
+            f'Take a config that ends in _coco.py and learns boxes or masks.'
         )
     change: dict = dict(
         data_root=Typed('data_root'),

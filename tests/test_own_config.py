@@ -12,11 +12,11 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmkd.own_config import config_for, main
 from mmkd.classes import OTHERS, SETTINGS, with_classes
 from mmkd.cli import main as mmkd
 from mmkd.configs import read_config
 from mmkd.datasets.splits import Split, classes_with_boxes, find_splits
+from mmkd.own_config import config_for, main
 from mmkd.registry import MODELS
 
 #: One of each way in which mmdet's configs say how many classes there are.
