@@ -31,6 +31,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmkd.analysis.sheet import LINE, Section, Sheet, columns
+from mmkd.analysis.sizes import LARGE, Sizes, compared_sizes
 from mmkd.analysis.teacher_check import (
     COCO_VAL,
     GAIN,
@@ -179,6 +180,7 @@ class _Check:
         self._dataset: Any = None
         self._seen: Seen | None = None
         self._batches: list[Any] = []
+        self._sizes: list[Sizes] = []
 
     def run(self, data: bool) -> None:
         sound = self._section('Files', self._files)
@@ -734,6 +736,7 @@ class _Check:
     def _step(self, part: Section) -> None:
         wrapper = self._optimiser(part)
         pushes = self._pushes(wrapper, 0, 0.0)
+        self._warn_of_sizes(part)
         terms = self.config.model.get('terms') or {}
         several = [pushes]
         while len(several) < BATCHES and _still(several):
@@ -826,6 +829,23 @@ class _Check:
             )
         return rows
 
+    def _warn_of_sizes(self, part: Section) -> None:
+        """Maps that a student would have to grow to before it can agree."""
+        for one in self._sizes:
+            level = one.largest()
+            if one.times() < LARGE:
+                continue
+            part.say(
+                'warn',
+                f"Term {one.term!r} compares values, and the teacher's maps "
+                f"are {one.times():.0f} times as large as the student's "
+                f'({one.teacher[level]:.3g} beside {one.student[level]:.3g} '
+                f'on average, map {level}).',
+                'The student has to grow its maps first. mmkd.PKDLoss '
+                'compares their patterns, whatever their size.',
+                one.term,
+            )
+
     def _optimiser(self, part: Section) -> OptimWrapper | None:
         try:
             return build_optim_wrapper(
@@ -865,6 +885,7 @@ class _Check:
             model.__dict__.pop('observer', None)
         if not isinstance(model, Distilling):
             return measure(model, losses, losses, alone=True)
+        self._sizes = watcher.sizes
         return watcher.pushes
 
 
@@ -875,6 +896,7 @@ class _Watcher:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.pushes = model, []
+        self.sizes: list[Sizes] = []
 
     def __call__(self, step: Step, losses: Mapping[str, Any]) -> None:
         counts = counting(self.model, step.progress)
@@ -882,6 +904,7 @@ class _Watcher:
         self.pushes = measure(
             self.model, step.losses, losses, names, alone=True
         )
+        self.sizes = compared_sizes(self.model.terms, step)
 
 
 def _still(several: Sequence[Sequence[Push]]) -> bool:
