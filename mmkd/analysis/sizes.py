@@ -12,8 +12,8 @@ from mmkd.structures import GroundTruth, Step
 from mmkd.terms.feature import FeatureTerm
 
 #: Times that a teacher's maps are as large as the student's, from which on
-#: it is worth a word. On tree crowns a hundred harmed, on shapes three did not;
-#: see docs/laboratory.md.
+#: it is worth a word: on tree crowns a hundred harmed, on shapes three did
+#: not; see docs/laboratory.md.
 LARGE = 10.0
 #: Factor of the student's maps by which a loss is tried, and the share of it
 #: that counts as no change.
