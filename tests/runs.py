@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from PIL import Image
 
@@ -61,6 +62,26 @@ def write_coco(folder: Path, images: int = 6, seed: int = 0) -> Path:
     path = folder / 'train.json'
     path.write_text(json.dumps(content))
     return path
+
+
+def write_where_coco_is(folder: Path, images: int = 3) -> None:
+    """Pictures, boxes and masks where the zoo's configs look for COCO's."""
+    truth = json.loads(write_coco(folder, images).read_text())
+    truth['categories'] = [
+        dict(id=number, name=name)
+        for number, name in enumerate(CocoDataset.METAINFO['classes'], 1)
+    ]
+    for one in truth['annotations']:
+        left, top, width, height = one['bbox']
+        right, bottom = left + width, top + height
+        corners = [left, top, right, top, right, bottom, left, bottom]
+        one['segmentation'] = [corners]
+    coco = folder / 'data' / 'coco'
+    (coco / 'annotations').mkdir(parents=True)
+    for split in ('train', 'val'):
+        file = coco / 'annotations' / f'instances_{split}2017.json'
+        file.write_text(json.dumps(truth))
+        (coco / f'{split}2017').symlink_to(folder / 'images')
 
 
 PIPELINE = [

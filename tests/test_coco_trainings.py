@@ -9,7 +9,6 @@ which a tool has to prepare first are left to ``test_configs``.
 from __future__ import annotations
 
 import ast
-import json
 import re
 from functools import cache
 from pathlib import Path
@@ -56,23 +55,8 @@ MARKS = rotation.marks(PATHS, count=5)
 @pytest.fixture
 def coco(tmp_path, monkeypatch):
     """Three pictures where configs look for COCO's."""
-    truth = json.loads(runs.write_coco(tmp_path, images=3).read_text())
-    truth['categories'] = [
-        dict(id=number, name=name) for number, name in enumerate(CLASSES, 1)
-    ]
-    for one in truth['annotations']:
-        left, top, width, height = one['bbox']
-        right, bottom = left + width, top + height
-        corners = [left, top, right, top, right, bottom, left, bottom]
-        one['segmentation'] = [corners]
-    folder = tmp_path / 'data' / 'coco'
-    (folder / 'annotations').mkdir(parents=True)
-    for split in ('train', 'val'):
-        file = folder / 'annotations' / f'instances_{split}2017.json'
-        file.write_text(json.dumps(truth))
-        (folder / f'{split}2017').symlink_to(tmp_path / 'images')
+    runs.write_where_coco_is(tmp_path)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def small(path: Path) -> Config:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import json
 import re
 import runpy
 import sys
@@ -19,7 +18,6 @@ import runs
 import tiny
 import torch
 import yaml
-from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
@@ -555,17 +553,7 @@ def shrunk(*words) -> Config:
 @pytest.fixture
 def coco(tmp_path, monkeypatch):
     """Three pictures where configs look for COCO's."""
-    truth = json.loads(runs.write_coco(tmp_path, images=3).read_text())
-    truth['categories'] = [
-        dict(id=number, name=name)
-        for number, name in enumerate(CocoDataset.METAINFO['classes'], 1)
-    ]
-    folder = tmp_path / 'data' / 'coco'
-    (folder / 'annotations').mkdir(parents=True)
-    for split in ('train', 'val'):
-        file = folder / 'annotations' / f'instances_{split}2017.json'
-        file.write_text(json.dumps(truth))
-        (folder / f'{split}2017').symlink_to(tmp_path / 'images')
+    runs.write_where_coco_is(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
