@@ -32,6 +32,11 @@ def read_coco_folder(path: Path) -> Folder:
 
     Args:
         path: The folder, or the single file.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, no annotations, more
+            than one file that could be meant, or no picture.
+        ValueError: If the file lacks what is needed, or contradicts itself.
     """
     who = 'prepare_data.py'
     if path.is_file():
