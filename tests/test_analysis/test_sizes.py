@@ -28,7 +28,15 @@ TERMS = dict(
             FEATURE,
             tap='bbox_head',
             output=0,
-            loss=dict(type='mmkd.CWDLoss'),
+            loss=dict(type='mmkd.MimicLoss'),
+        ),
+        False,
+    ),
+    weighed=(  # as if every cell counted alike
+        dict(
+            FEATURE,
+            weight=dict(type='mmkd.ScoreWeight'),
+            loss=dict(type='mmkd.WeightedMSELoss'),
         ),
         False,
     ),
@@ -88,6 +96,9 @@ def test_only_losses_of_values_and_maps_are_looked_at(training):
     assert [one.term for one in found] == [
         name for name, (_, depends) in TERMS.items() if depends
     ]
+    plain, aligned = found
+    assert aligned.student != pytest.approx(plain.student)
+    assert aligned.teacher == plain.teacher
 
 
 def test_the_sizes_are_those_of_the_maps(training):
@@ -95,7 +106,6 @@ def test_the_sizes_are_those_of_the_maps(training):
     (plain,) = looked_at(training(1, mimic=term))[1]
     sheet, (large,) = looked_at(training(100, mimic=term))
     assert large.student == pytest.approx(plain.student)
-    # The coarser levels are not made by these convolutions alone.
     assert large.teacher == pytest.approx([100 * one for one in plain.teacher])
     assert not warnings(looked_at(training(1, mimic=term))[0])
     (said,) = warnings(sheet)
