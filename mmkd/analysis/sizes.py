@@ -55,12 +55,13 @@ def compared_sizes(
 ) -> list[Sizes]:
     """Sizes of maps, for terms whose loss changes with the student's.
 
-    Left out are terms on heads, whose numbers are scores, and those that
-    weigh cells or compare several levels at once.
+    Left out are terms on heads, whose numbers are scores, those that weigh
+    cells or compare several levels at once, and those of whose tap the step
+    has nothing.
 
     Args:
         terms: By name, those of groups with them.
-        step: In which all of them have run.
+        step: That was made.
         prefix: Before their names.
     """
     found = []

@@ -137,3 +137,27 @@ def test_the_level_that_differs_most_counts():
     assert one.times() == pytest.approx(20)
     assert one.times() > LARGE
     assert Sizes('t', (0.0, 1.0), (1.0, 1.0)).largest() == 0
+
+
+def test_a_term_that_rests_is_looked_at_where_its_maps_are_there(training):
+    """It taps what another one makes the student record."""
+    terms = dict(
+        first=TERMS['mimic'][0],
+        later=dict(
+            TERMS['mimic'][0],
+            teacher='other',
+            schedule=dict(type='mmkd.Between', begin=0.5, end=1.0),
+        ),
+    )
+    config = training(100, **terms)
+    config.model.teachers.other = copy.deepcopy(config.model.teachers.big)
+    sheet, found = looked_at(config)
+    assert [one.term for one in found] == ['first', 'later']
+    assert found[0].teacher == found[1].teacher
+    assert len(warnings(sheet)) == 2
+    assert not [
+        one
+        for section in sheet.sections
+        for one in section.findings
+        if one.mark == 'fail'
+    ]
