@@ -8,6 +8,7 @@ file, to read, to edit and to commit.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmkd.classes import with_classes
+from mmkd.compat.checkpoint import check_file
 from mmkd.configs import read_config, student_config
 from mmkd.datasets.check import check_dataset
 from mmkd.datasets.splits import Split, classes_with_boxes, find_splits
@@ -35,6 +37,8 @@ from mmkd.plan import (
 WHO = 'write_config.py'
 #: Loaders and evaluators of a config, and the split that each is of.
 TESTED = ('val', 'test')
+#: Names of packaged configs from which a file can inherit.
+INHERITED = r'\w+::[\w./-]+'
 
 
 def config_for(
@@ -73,6 +77,13 @@ def config_for(
         raise ValueError(
             f'{source} has teachers of its own. Name the plain configs '
             f'of student and teacher, one after the other, and teach then.'
+        )
+    if '::' in source and not re.fullmatch(INHERITED, source):
+        raise ValueError(
+            f'{WHO} cannot write a config that inherits from {source!r}: '
+            f'MMEngine takes letters, digits and _ - . / in such a name. Take '
+            f'another config, for instance '
+            f'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
         )
     _check_masks(source, config, splits['train'])
     root = Path(data).as_posix() + '/'
@@ -225,9 +236,7 @@ def _run(options: argparse.Namespace) -> Iterator[str]:
     }
     splits = find_splits(options.data, WHO, named)
     classes = classes_with_boxes(splits['train'], WHO)
-    weights = options.pretrained
-    if weights == '':
-        weights = published_weights(options.config)
+    weights = _weights(options)
     text = config_for(
         options.config, options.data, out, splits, classes, weights
     )
@@ -240,6 +249,22 @@ def _run(options: argparse.Namespace) -> Iterator[str]:
         out.unlink()
         raise
     yield f'\nTrain it with:\n  python tools/train.py {shlex.quote(str(out))}'
+
+
+def _weights(options: argparse.Namespace) -> str | None:
+    """What ``--pretrained`` asks for."""
+    given = options.pretrained
+    if given == '':
+        try:
+            return published_weights(options.config)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f'{WHO}: no weights are published for {options.config}. Name '
+                f'a file: --pretrained FILE.pth, or leave it out.'
+            ) from error
+    if given is not None and '://' not in given:
+        check_file(given, f'{WHO} --pretrained')
+    return given
 
 
 def _looked_at(out: Path) -> Iterator[str]:

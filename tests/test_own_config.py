@@ -212,7 +212,9 @@ def test_evaluators_in_a_list_stay_a_list(data, tmp_path):
     )
 
 
-def test_it_can_start_from_weights(data, tmp_path):
+def test_it_can_start_from_weights(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({}, 'mine.pth')
     source = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
     for given, said in (
         (['--pretrained', 'mine.pth'], 'mine.pth'),
@@ -247,6 +249,10 @@ def test_a_test_split_is_used_where_there_is_one(data, tmp_path):
         ('pascal_voc/retinanet_r50_fpn_1x_voc0712.py', 'of ConcatDataset'),
         ('qdtrack/qdtrack_faster-rcnn_r50_fpn_4e_base.py', 'of QDTrack'),
         ('common/ms_3x_coco.py', 'must be a detector of mmdet'),
+        (
+            'gn+ws/faster-rcnn_r50_fpn_gn-ws-all_1x_coco.py',
+            'MMEngine takes letters, digits and _ - . /',
+        ),
     ],
 )
 def test_a_config_of_something_else_is_refused(
@@ -288,6 +294,32 @@ def test_what_is_there_is_not_replaced(data, tmp_path, capsys):
     assert main([source, str(data), '--out', str(out)]) == 1
     assert 'would replace' in capsys.readouterr().err
     assert out.read_text() == 'mine'
+
+
+@pytest.mark.parametrize(
+    ('words', 'said'),
+    [
+        (['--train', 'trian.json'], "no file 'trian.json' in .*'train.json'"),
+        (['--pretrained', 'no.pth'], "expected a checkpoint at 'no.pth'"),
+    ],
+)
+def test_a_file_that_is_not_there_is_named(
+    words, said, data, tmp_path, capsys
+):
+    source = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
+    out = tmp_path / 'a.py'
+    assert main([source, str(data), '--out', str(out), *words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('write_config.py')
+    assert re.search(said, error)
+    assert not out.exists()
+
+
+def test_weights_that_nobody_published_are_asked_for(data, tmp_path, capsys):
+    source = coco_like(data, tmp_path, 'student')
+    words = [str(source), str(data), '--pretrained', '--out', 'a.py']
+    assert main(words) == 1
+    assert 'Name a file: --pretrained FILE.pth' in capsys.readouterr().err
 
 
 def test_no_file_is_left_of_data_that_cannot_be_used(data, tmp_path, capsys):

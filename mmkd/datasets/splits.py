@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmkd.checks import suggest
 from mmkd.reading import read_json
 
 #: What folders and files of a split are called.
@@ -76,7 +77,8 @@ def find_splits(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f'{who} has no folder {str(folder)!r} with a data set in it.'
+            f'{who} has no folder {str(folder)!r}. Name the one that holds '
+            f"train and val in COCO's format, as prepare_data.py writes it."
         )
     found = {
         split: read_split(folder, path, name, who)
@@ -145,6 +147,12 @@ def read_split(folder: Path, path: Path, name: str, who: str) -> Split:
             nowhere.
         ValueError: If it holds no images.
     """
+    if not (folder / path).is_file():
+        found = [one.relative_to(folder) for one in folder.rglob('*.json')]
+        raise FileNotFoundError(
+            f'{who} has no file {path.as_posix()!r} in {str(folder)!r}. '
+            f'{suggest(path.as_posix(), [one.as_posix() for one in found])}'
+        )
     content = read_json(folder / path, who, 'COCO annotations', kind=dict)
     images = content.get('images')
     if not (isinstance(images, list) and images):
