@@ -258,6 +258,7 @@ def _weights(options: argparse.Namespace) -> str | None:
         try:
             return published_weights(options.config)
         except FileNotFoundError as error:
+            read_config(options.config, WHO)  # whether there is one at all
             raise FileNotFoundError(
                 f'{WHO}: no weights are published for {options.config}. Name '
                 f'a file: --pretrained FILE.pth, or leave it out.'

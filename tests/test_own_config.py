@@ -320,6 +320,8 @@ def test_weights_that_nobody_published_are_asked_for(data, tmp_path, capsys):
     words = [str(source), str(data), '--pretrained', '--out', 'a.py']
     assert main(words) == 1
     assert 'Name a file: --pretrained FILE.pth' in capsys.readouterr().err
+    assert main(['no.py', *words[1:]]) == 1
+    assert "has no config file 'no.py'" in capsys.readouterr().err
 
 
 def test_no_file_is_left_of_data_that_cannot_be_used(data, tmp_path, capsys):
